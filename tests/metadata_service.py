@@ -713,7 +713,7 @@ WRONG: dict[str, Callable[[Answer], Answer]] = {
     # Right but for the size: white space does no harm in JSON.
     "huge": lambda right: right._replace(body=right.body.ljust(2 * MIB)),
     "gzip-bomb": lambda right: right._replace(
-        body=gzip.compress(right.body.ljust(64 * MIB), 1), headers=(*right.headers, ("Content-Encoding", "gzip"))
+        body=gzip.compress(right.body.ljust(16 * MIB), 1), headers=(*right.headers, ("Content-Encoding", "gzip"))
     ),
     "drip": lambda right: right._replace(body=right.body.ljust(DRIP_BYTES)),
 }
@@ -876,7 +876,10 @@ class MetadataService:
         self._socket = socket.socket()
         if os.name == "posix":  # means something else on Windows
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        self._socket.bind(("127.0.0.1", self.port))
+        try:
+            self._socket.bind(("127.0.0.1", self.port))
+        except (OSError, OverflowError) as problem:
+            raise OSError(f"cannot listen on 127.0.0.1:{self.port}: {problem}") from problem
         self.port = self._socket.getsockname()[1]
 
     def _listen(self) -> None:
@@ -1030,7 +1033,8 @@ def read_script(script: str, provider: str, name: str = "script") -> list[Step]:
             if len(steps) > 1 and steps[-1].at < steps[-2].at:
                 raise ValueError(f"{words[0]} is before {steps[-2].at:g}: time goes forward")
         except ValueError as problem:
-            raise ScriptError(f"{name}, line {number}: {problem}") from None
+            hint = "a line is: SECONDS COMMAND ARGUMENTS"
+            raise ScriptError(f"{name}, line {number}: {problem} ({hint})") from None
     return steps
 
 
@@ -1066,34 +1070,45 @@ def status_or_way(word: str) -> int | str:
     return int(word) if word.isdecimal() else word
 
 
-def understood(options: dict[str, Any]) -> dict[str, Any]:
+def understood(options: dict[str, str]) -> dict[str, Any]:
     """A line's options as the Python methods take them."""
-    understand: dict[str, tuple[str, Callable[[str], Any]]] = {
-        "in": ("not_before", seconds),
-        "at": ("not_before", moment),
-        "duration": ("duration", lambda value: int(seconds(value, least=-1))),
-        "times": ("times", lambda value: int(seconds(value))),
-        "vms": ("vms", lambda value: value.split(",")),
-    }
+    if {"in", "at"} <= options.keys():
+        raise ValueError("in= or at=, not both")
     result = {}
-    for option, value in options.items():
-        name, convert = understand.get(option, (option, str))
-        result[name] = convert(value)
+    for option, word in options.items():
+        name, convert = UNDERSTOOD.get(option, (option, str))
+        try:
+            result[name] = convert(word)
+        except ValueError as problem:
+            raise ValueError(f"{option}={word}: {problem}") from None
     return result
 
 
-def seconds(word: str, least: float = 0) -> float:
-    try:
-        number = float(word)
-        if least <= number < 1e9:
-            return number
-    except ValueError:
-        pass
-    raise ValueError(f"{word!r} is not a number; a line is SECONDS COMMAND ARGUMENTS")
+def seconds(word: str) -> float:
+    with suppress(ValueError):
+        if 0 <= float(word) < 1e9:
+            return float(word)
+    raise ValueError(f"{word!r} is not a number of seconds")
+
+
+def whole(word: str) -> int:
+    if not word.lstrip("-").isdecimal():
+        raise ValueError(f"{word!r} is not a whole number")
+    return int(word)
 
 
 def moment(word: str) -> datetime | None:
     return as_time(datetime.fromisoformat(word.replace("Z", "+00:00")))
+
+
+# What an option is called in Python, and what becomes of its word.
+UNDERSTOOD: dict[str, tuple[str, Callable[[str], Any]]] = {
+    "in": ("not_before", seconds),
+    "at": ("not_before", moment),
+    "duration": ("duration", whole),
+    "times": ("times", whole),
+    "vms": ("vms", lambda word: word.split(",")),
+}
 
 
 def play(

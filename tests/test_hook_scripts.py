@@ -178,9 +178,7 @@ def commands_of_example(bench: Bench, hook: str) -> tuple[dict[str, str], list[l
     the_tool, rest = command.split(maxsplit=1)
     assert the_tool.endswith("/is_vm_in_maint.py")
     calls = bench.stand_in("the-tool", "")
-    subprocess.run(
-        ["sh", "-c", f"the-tool {rest}"], env=bench.environment(**settings), check=True
-    )
+    subprocess.run(["sh", "-c", f"the-tool {rest}"], env=bench.environment(**settings), check=True)
     ((drain, drain_command, restore, restore_command),) = calls()
     assert (drain, restore) == ("--drain", "--restore")
     return settings, [shlex.split(drain_command), shlex.split(restore_command)]
@@ -231,9 +229,7 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("typed", "complaint"), WRONG)
-def test_wrong_usage_is_told_what_is_wrong_and_what_is_right(
-    bench: Bench, typed: str, complaint: str
-) -> None:
+def test_wrong_usage_is_told_what_is_wrong_and_what_is_right(bench: Bench, typed: str, complaint: str) -> None:
     programs = [bench.stand_in(program, "") for program in CLOUD_HOOKS.values()]
     words = shlex.split(typed)
     settings = dict([words.pop(0).split("=")]) if "=" in words[0] else {}
@@ -319,8 +315,7 @@ def test_nginx_fails_its_health_check_while_drained_and_serves_all_the_same(benc
         mark = folder / "health" / "drained"
         assert "/var/lib/vm-health/drained" in snippet
         temporary = "".join(
-            f"{what}_temp_path {folder}/{what};\n"
-            for what in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+            f"{what}_temp_path {folder}/{what};\n" for what in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
         )
         (folder / "nginx.conf").write_text(
             f"daemon off; pid {folder}/pid; error_log stderr;\n"
@@ -452,10 +447,7 @@ def haproxy() -> Iterator[HAProxy]:
 def slow_clients(haproxy: HAProxy) -> Iterator[list[str]]:
     """Two clients, one at each server, whose requests stay open until the server's `release`."""
     served: list[str] = []
-    clients = [
-        threading.Thread(target=lambda: served.append(get(haproxy.web, "/slow")[1]))
-        for _ in haproxy.servers
-    ]
+    clients = [threading.Thread(target=lambda: served.append(get(haproxy.web, "/slow")[1])) for _ in haproxy.servers]
     for client in clients:
         client.start()
     deadline = time.monotonic() + 20
@@ -520,18 +512,14 @@ def test_haproxy_waits_until_the_requests_of_that_server_have_ended(
 def test_haproxy_counts_as_drained_when_requests_outlast_the_wait_but_says_so(
     bench: Bench, haproxy: HAProxy, slow_clients: list[str]
 ) -> None:
-    words = bench.succeed(
-        "haproxy", "drain", "web/vm1", HAPROXY_SOCKET=haproxy.socket, DRAIN_WAIT="2"
-    )
+    words = bench.succeed("haproxy", "drain", "web/vm1", HAPROXY_SOCKET=haproxy.socket, DRAIN_WAIT="2")
     assert "still 1 open on web/vm1 after 2 s" in words
     assert bench.sleeps() == [["1"], ["1"]]
     assert haproxy.serving() == {"vm2"}
     assert slow_clients == []
 
 
-def test_haproxy_state_maint_also_moves_the_clients_that_are_stuck(
-    bench: Bench, haproxy: HAProxy
-) -> None:
+def test_haproxy_state_maint_also_moves_the_clients_that_are_stuck(bench: Bench, haproxy: HAProxy) -> None:
     _, mine = get(haproxy.stuck)
     (other,) = haproxy.servers.keys() - {mine}
     bench.succeed("haproxy", "drain", f"stuck/{mine}", HAPROXY_SOCKET=haproxy.socket)
@@ -543,9 +531,7 @@ def test_haproxy_state_maint_also_moves_the_clients_that_are_stuck(
     assert haproxy.state(f"stuck/{mine}") == "no check"
 
 
-@pytest.mark.parametrize(
-    ("server", "reason"), [("web/vm3", "No such server."), ("api/vm1", "No such backend.")]
-)
+@pytest.mark.parametrize(("server", "reason"), [("web/vm3", "No such server."), ("api/vm1", "No such backend.")])
 @pytest.mark.parametrize("action", ["drain", "restore"])
 def test_haproxys_refusal_is_an_error_though_it_comes_like_an_answer(
     bench: Bench, haproxy: HAProxy, action: str, server: str, reason: str
@@ -562,9 +548,7 @@ def test_haproxy_socket_without_the_level_admin_is_an_error(bench: Bench, haprox
     assert haproxy.serving() == {"vm1", "vm2"}
 
 
-def test_haproxy_drains_in_those_that_answer_and_fails_if_one_does_not(
-    bench: Bench, haproxy: HAProxy
-) -> None:
+def test_haproxy_drains_in_those_that_answer_and_fails_if_one_does_not(bench: Bench, haproxy: HAProxy) -> None:
     where = {"HAPROXY_SOCKET": f"/nonexistent {haproxy.socket}"}
     assert "/nonexistent" in bench.fail("haproxy", "drain", "web/vm1", **where)
     assert haproxy.serving() == {"vm2"}
@@ -578,9 +562,7 @@ def test_haproxy_that_cannot_be_asked_is_an_error(bench: Bench, where: str) -> N
     assert f"cannot ask HAProxy at {where}: " in words
 
 
-def test_haproxy_hook_imports_nothing_from_the_folder_it_is_run_in(
-    bench: Bench, haproxy: HAProxy
-) -> None:
+def test_haproxy_hook_imports_nothing_from_the_folder_it_is_run_in(bench: Bench, haproxy: HAProxy) -> None:
     (bench.folder / "socket.py").write_text("raise SystemExit('somebody else is root now')")
     done = bench.run("haproxy", "drain", "web/vm1", cwd=bench.folder, HAPROXY_SOCKET=haproxy.socket)
     assert (done.returncode, done.stderr) == (0, "")
@@ -703,9 +685,7 @@ def ec2(tmp_path: Path) -> CloudBench:
 
 
 @pytest.mark.parametrize(("hook", "program"), CLOUD_HOOKS.items())
-def test_a_clouds_program_that_is_not_in_path_is_named(
-    bench: Bench, hook: str, program: str
-) -> None:
+def test_a_clouds_program_that_is_not_in_path_is_named(bench: Bench, hook: str, program: str) -> None:
     (bench.bin / "tr").symlink_to(str(shutil.which("tr")))
     words = bench.fail(hook, "drain", *USUAL_WORDS[hook], PATH=str(bench.bin))
     assert f"{program} is not in PATH ({bench.bin})" in words
@@ -741,9 +721,7 @@ def help_for(program: str, call: list[str], bench: Bench) -> str:
 
 
 @pytest.mark.parametrize(("hook", "program"), CLOUD_HOOKS.items())
-def test_the_real_program_knows_every_command_and_flag_of_the_hooks(
-    tmp_path: Path, hook: str, program: str
-) -> None:
+def test_the_real_program_knows_every_command_and_flag_of_the_hooks(tmp_path: Path, hook: str, program: str) -> None:
     bench = CloudBench(tmp_path, program)
     settings, (drain, restore) = commands_of_example(bench, hook)
     for command in (drain, restore):
@@ -877,9 +855,7 @@ def test_gce_goes_by_the_name_on_the_command_line_before_the_document(gce: Cloud
 
 @pytest.mark.parametrize("stdin", ["", "{}", "[]", '{"instance": {"name": null, "id": null}}', "\x00"])
 @pytest.mark.parametrize("hook", ["gce-instance-group", "ec2-target-group"])
-def test_without_a_name_anywhere_the_hook_asks_for_one(
-    tmp_path: Path, hook: str, stdin: str
-) -> None:
+def test_without_a_name_anywhere_the_hook_asks_for_one(tmp_path: Path, hook: str, stdin: str) -> None:
     bench = CloudBench(tmp_path, CLOUD_HOOKS[hook])
     assert "as the last word" in bench.fail(hook, "drain", *USUAL_WORDS[hook], stdin=stdin)
     assert bench.calls() == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -15,9 +16,9 @@ from typing import Any
 
 import pytest
 import requests
-from conftest import HERE, need
 
 import metadata_service
+from conftest import HERE, need
 from metadata_service import (
     FAILURES,
     PROVIDERS,
@@ -121,7 +122,8 @@ def test_curl_and_grep_find_the_event_of_2015(service: Start) -> None:
     v1 = service("azure-v1")
     event = v1.announce()
     pipeline = '"$1" --noproxy "*" -s "$2/metadata/v1/maintenance" | grep -i EventID'
-    shell = ["sh", "-c", pipeline, "sh", need("curl", "curl"), v1.url]
+    need("grep", "grep")
+    shell = [need("sh", "dash"), "-c", pipeline, "sh", need("curl", "curl"), v1.url]
     assert event in subprocess.run(shell, capture_output=True, text=True, check=True).stdout
     v1.end(event)
     assert subprocess.run(shell, capture_output=True, check=False).stdout == b""
@@ -431,9 +433,11 @@ def test_azure_any_vm_may_approve_and_again(service: Start, ask: Any, session: A
 
 @pytest.mark.parametrize(
     "body",
-    ["", "{", "[]", "null", "{}", '{"StartRequests": []}', '{"StartRequests": ["e1"]}']
-    + ['{"StartRequests": {"EventId": "e1"}}', '{"StartRequests": [{"EventId": 1}]}']
-    + ['{"StartRequests": [{"EventId": "e1"}, {"EventId": ["e1"]}]}'],
+    [
+        *("", "{", "[]", "null", "{}", '{"StartRequests": []}', '{"StartRequests": ["e1"]}'),
+        *('{"StartRequests": {"EventId": "e1"}}', '{"StartRequests": [{"EventId": 1}]}'),
+        '{"StartRequests": [{"EventId": "e1"}, {"EventId": ["e1"]}]}',
+    ],
 )
 def test_azure_refuses_a_malformed_approval(service: Start, session: Any, body: str) -> None:
     azure = service("azure")
@@ -794,7 +798,7 @@ def test_fails_with_something_else_than_json(any_service: MetadataService, ask: 
         answer = truth(any_service, ask)
         assert answer.status_code == 200
         assert answer.content.startswith(sign)
-        with pytest.raises(ValueError, match=r""):
+        with pytest.raises(requests.RequestException):
             answer.json()
 
 
@@ -853,7 +857,7 @@ def test_drips_one_byte_a_second(
     monkeypatch.setattr(any_service.protocol.stopped, "wait", waits.append)
     any_service.fail(how)
     message = raw(any_service)
-    head, _, body = message.partition(b"\r\n\r\n")
+    body = message.partition(b"\r\n\r\n")[2]
     assert json.loads(body) == right
     assert waits == [1.0] * len(body if how == "drip" else message)
     assert len(waits) > 60, "nobody should have the patience to hear it to its end"
@@ -1081,6 +1085,8 @@ def test_sample_script_is_the_life_of_an_event_in_a_minute(service: Start, provi
 
 # ---------------------------------------------------------------- the program
 
+by_signal = pytest.mark.skipif(os.name == "nt", reason="Windows has no signals to end a program with")
+
 
 @pytest.fixture
 def program() -> Iterator[Callable[..., subprocess.Popen[str]]]:
@@ -1098,6 +1104,7 @@ def program() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.communicate()
 
 
+@by_signal
 def test_program_serves_a_set_of_vms_until_it_is_told_to_stop(program: Any, session: Any) -> None:
     process = program("--provider", "azure", "--vm", "web-1", "web-2")
     for vm in ("web-1", "web-2"):
@@ -1110,6 +1117,7 @@ def test_program_serves_a_set_of_vms_until_it_is_told_to_stop(program: Any, sess
     assert process.stderr.read() == ""
 
 
+@by_signal
 def test_program_ends_quietly_on_ctrl_c(program: Any) -> None:
     process = program("--provider", "azure", "--first-delay", "0.1")
     process.stdout.readline()
