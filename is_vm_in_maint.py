@@ -732,7 +732,7 @@ def imminent(event: Event, now: datetime, lead: timedelta) -> bool:
 
 def survived(event: Event, boot: Boot) -> bool:
     """Return whether this boot came after the event: EC2 still lists it as active for some time after it."""
-    scheduled = event.provider == "ec2" and event.id.startswith("instance-event-")
+    scheduled = event.provider == "ec2" and event.type.startswith(("instance-", "system-"))
     return scheduled and (event.not_before is None or event.not_before <= boot.at)
 
 
@@ -885,7 +885,10 @@ class Journal:
         type = {ERR: "ERROR", WARNING: "WARNING", NOTICE: "INFORMATION"}[severity]
         command = [windows_program("eventcreate.exe"), "/L", "APPLICATION", "/SO", TAG, "/ID", str(number)]
         # No shell, and one list of arguments: whatever the line contains, it stays one argument.
-        done = subprocess.run([*command, "/T", type, "/D", line], capture_output=True, timeout=30, check=False)
+        try:
+            done = subprocess.run([*command, "/T", type, "/D", line], capture_output=True, timeout=30, check=False)
+        except subprocess.TimeoutExpired:
+            raise OSError("eventcreate did not end within 30 s") from None
         if done.returncode:
             said = clean((done.stderr or done.stdout).decode("utf-8", "replace"))
             raise OSError(f"eventcreate: {said or done.returncode}; is this an elevated prompt?")
@@ -941,7 +944,8 @@ class Store:
         give_up = time.monotonic() + patience
         while not lock_now(self.lock_file):
             self.lock_file.seek(0)
-            other_ends = float(self.lock_file.read(32) or 0)
+            word = self.lock_file.read(32)
+            other_ends = float(word) if re.fullmatch(r"\d+\.\d+|inf", word) else 0.0
             if time.monotonic() >= give_up or other_ends > time.time() + patience:
                 return False
             time.sleep(0.1)
@@ -1177,7 +1181,7 @@ class Check:
 
     def instance(self) -> Instance:
         """Return who this VM is, as far as the metadata service says."""
-        if time.monotonic() >= self.ask_instance_at:
+        if self.reading.answered and time.monotonic() >= self.ask_instance_at:
             self.ask_instance_at = time.monotonic() + 60
             with contextlib.suppress(CannotTell):
                 self.known_instance = self.provider.instance()
@@ -1404,7 +1408,8 @@ def watch(check: Check, seconds: float) -> int:
             pause = min(left, due_in(check), 1.0 if sys.stdout.isatty() else math.inf)
             if reading.doubts:
                 delay = min(2 * delay, check.provider.interval if reading.answered else 30.0)
-                patiently(time.sleep, min(pause, random.uniform(delay / 2, delay)))
+                jitter = random.uniform(0.5, 1.0)  # noqa: S311 - spreads load, guards no secret
+                patiently(time.sleep, min(pause, jitter * delay))
                 reading = patiently(check.provider.events)
             else:
                 delay = 0.5

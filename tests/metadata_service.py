@@ -1063,7 +1063,8 @@ def read_step(words: list[str], provider: str, ids: set[str]) -> Step:
         one_of(sorted(ids), plain[0], "event announced before")
     if command == "move" and len(options) != 1:
         raise ValueError("move needs in=SECONDS or at=TIME")
-    return Step(at, shlex.join(words[1:]), command, plain, understood(options))
+    line = " ".join("=".join(map(shlex.quote, word.split("=", 1))) for word in words[1:])
+    return Step(at, line, command, plain, understood(options))
 
 
 def status_or_way(word: str) -> int | str:
@@ -1147,7 +1148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add = parser.add_argument
     add("--provider", required=True, choices=list(PROVIDERS))
     add("--port", type=int, default=0, help="(0: any free one)")
-    add("--vm", nargs="+", default=["web-1"], metavar="NAME", help="one availability set (web-1)")
+    add("--vm", nargs="+", default=["web-1"], metavar="NAME", help="several form an availability set (web-1)")
     add("--script", metavar="FILE", help="what happens to the first VM, and when")
     add("--first-delay", type=float, metavar="SECONDS", help="azure: of the first answer (0)")
     options = parser.parse_args(argv)

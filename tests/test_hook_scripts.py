@@ -23,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT, SYSTEM_PATH, need
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="the hooks are sh scripts")
@@ -321,7 +322,7 @@ def test_nginx_fails_its_health_check_while_drained_and_serves_all_the_same(benc
             f"daemon off; pid {folder}/pid; error_log stderr;\n"
             + ("user nobody nogroup;\n" if os.geteuid() == 0 else "")
             + f"events {{}}\nhttp {{\naccess_log off;\n{temporary}"
-            + f"open_file_cache max=10 inactive=60s; open_file_cache_valid 60s;\n"
+            + "open_file_cache max=10 inactive=60s; open_file_cache_valid 60s;\n"
             + f"open_file_cache_errors on;\nserver {{\nlisten 127.0.0.1:{port};\n"
             + snippet.replace("/var/lib/vm-health/drained", str(mark))
             + 'location / { return 200 "page\\n"; }\n}\n}\n'
@@ -693,15 +694,14 @@ def test_a_clouds_program_that_is_not_in_path_is_named(bench: Bench, hook: str, 
 
 def help_for(program: str, call: list[str], bench: Bench) -> str:
     """What the real program says of the command in a recorded call, without its typography."""
+    package = {"az": "azure-cli", "aws": "awscli", "gcloud": "google-cloud-cli"}[program]
     command = call[: next(i for i, word in enumerate(call) if word.startswith("--"))]
     command = command[:-1] if program == "gcloud" else command  # without the group's name
     done = subprocess.run(
-        [need(program, {"az": "azure-cli", "aws": "awscli", "gcloud": "google-cloud-cli"}[program])]
-        + command
-        + ["help" if program == "aws" else "--help"],
-        # Nothing of ours into the administrator's settings, and nothing to the makers' statistics.
+        [need(program, package), *command, "help" if program == "aws" else "--help"],
         env={
             **os.environ,
+            # Nothing of ours into the administrator's settings or the makers' statistics.
             "AZURE_CONFIG_DIR": str(bench.folder / "azure"),
             "AZURE_CORE_COLLECT_TELEMETRY": "0",
             "CLOUDSDK_CONFIG": str(bench.folder / "gcloud"),
@@ -709,6 +709,8 @@ def help_for(program: str, call: list[str], bench: Bench) -> str:
             "AWS_PAGER": "",
             "PAGER": "cat",
             "MANPAGER": "cat",
+            # az is so much Python that compiling it for every command would take minutes.
+            "PYTHONDONTWRITEBYTECODE": "",
         },
         stdin=subprocess.DEVNULL,
         capture_output=True,
