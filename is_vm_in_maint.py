@@ -393,7 +393,7 @@ class Azure(Provider):
     def __init__(self, endpoint: str | None = None, vm_name: str | None = None) -> None:
         super().__init__(endpoint, vm_name)
         self.legacy: AzureV1 | None = None  # set when only the service of 2015 is there
-        self.last_body = b""
+        self.last_body: bytes | None = None  # not b"": an empty answer is not "nothing new"
         self.last_events: list[Event] = []
 
     def scheduled(self) -> Iterator[Event]:
@@ -408,7 +408,7 @@ class Azure(Provider):
         if reply.expect(200).body == self.last_body:
             yield from self.last_events
             return
-        self.last_body, self.last_events = b"", []
+        self.last_body, self.last_events = None, []
         entries = reply.json(dict).get("Events")
         if not isinstance(entries, list):
             raise reply.not_understood('no list of "Events"')
@@ -597,6 +597,8 @@ class Ec2(Provider):
         reply = self.get_if_any("events/maintenance/scheduled")
         if reply:
             yield from self.each(reply.json(list), functools.partial(self.parse, reply))
+        elif not self.token:
+            self.get("instance-id").expect(200)  # what answers 404 to everything is no EC2
 
     def parse(self, reply: Reply, entry: Any) -> Iterator[Event]:
         code, id = reply.need_text(entry, "Code"), reply.need_text(entry, "EventId")

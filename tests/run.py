@@ -42,7 +42,7 @@ NEWEST = (
     "vermin",
     # Clients of the metadata services that others wrote: the simulated ones must satisfy them.
     "google-auth",
-    "botocore",
+    'botocore; python_version >= "3.10"',  # for older ones it wants an urllib3 that types-requests refuses
     "ec2-metadata",
 )
 # RHEL 9 and Amazon Linux 2023 have these.
