@@ -18,6 +18,7 @@ import argparse
 import contextlib
 import errno
 import functools
+import gc
 import json
 import math
 import os
@@ -36,12 +37,15 @@ if TYPE_CHECKING:
 
 # Modules that few runs need (shlex, signal, subprocess, tempfile, threading) are imported where they are used:
 # most runs find nothing, and a check every five minutes on every VM should cost next to nothing.
+gc.disable()  # looking for garbage among modules, now and at exit, finds none and takes a tenth of such a run
 try:
     import requests
     import urllib3
 except ImportError:  # main() says how to get it; --help and --version work without
     if not TYPE_CHECKING:
         requests = None
+gc.freeze()
+gc.enable()
 
 __version__ = "0.1.0"
 
@@ -273,8 +277,8 @@ class MetadataClient:
                 response.close()  # an answer read to its end has already given its connection back
         except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
             cause: BaseException = error
-            while cause.__cause__ or cause.__context__:  # the innermost says it in plain words
-                cause = cause.__cause__ or cause.__context__ or cause
+            while inner := cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__):
+                cause = inner  # the innermost says it in plain words
             why = clean(getattr(cause, "strerror", None) or str(cause) or type(cause).__name__)
             why = f"no whole answer within {seconds:.0f} s" if "timed out" in why else f"no answer: {why}"
             raise Unreachable(f"{question}: {why} (is --provider right? does a firewall forbid it?)") from None
@@ -849,7 +853,7 @@ class Journal:
         """Write one line and return it. What is wrong goes to stderr as well: cron mails that."""
         words, severity, number = LOG[verb]
         line = f"{words}: {logfmt(fields)}"
-        on_stderr = self.where == "stderr" or severity < NOTICE
+        said, on_stderr = f"{TAG}: {line}", self.where == "stderr" or severity < NOTICE
         try:
             if self.where == "syslog":
                 self.syslog(severity, line)
@@ -857,9 +861,12 @@ class Journal:
                 self.eventlog(severity, number, line)
         except (OSError, ValueError) as error:
             self.failed = on_stderr = True
-            print(f"{TAG}: cannot write to the {self.where} ({error}), so here:", file=sys.stderr)
+            said = f"{TAG}: cannot write to the {self.where} ({error}), so here:\n{said}"
         if on_stderr:
-            print(f"{TAG}: {line}", file=sys.stderr, flush=True)
+            try:
+                print(said, file=sys.stderr, flush=True)
+            except OSError:  # it is a file on a full disk, or nobody reads it any more: drain all the same
+                self.failed = True
         return line
 
     def syslog(self, severity: int, line: str) -> None:
