@@ -354,14 +354,14 @@ class Provider:
     @staticmethod
     def each(entries: list[Any], parse: Callable[[Any], Iterable[Event]]) -> Iterator[Event]:
         """Yield the events of a list; a bad entry is reported after the good ones, never instead of them."""
-        bad: CannotTell | None = None
+        bad = ""
         for entry in entries:
             try:
                 yield from parse(entry)
             except CannotTell as error:
-                bad = error
+                bad = str(error)
         if bad:
-            raise bad
+            raise CannotTell(bad)
 
 
 class AzureV1(Provider):
@@ -478,7 +478,7 @@ class Gce(Provider):
     def __init__(self, endpoint: str | None = None, vm_name: str | None = None) -> None:
         try:
             socket.getaddrinfo(urlsplit(endpoint or self.home).hostname, 80)
-        except OSError:
+        except (OSError, UnicodeError):
             endpoint = endpoint or Provider.home  # the name does not resolve: its address
         super().__init__(endpoint, vm_name)
         self.etag = ""  # of the last value of maintenance-event
@@ -702,6 +702,7 @@ class State(NamedTuple):
     events: dict[str, Event] = {}  # announced and not over, as last logged, by id
     finished: tuple[str, ...] = ()  # ids of the latest events that are over
     drained_for: Event | None = None  # the VM is drained, and this was the reason
+    draining: bool = False  # ... or half drained: the drain began, and is not known to have ended well
     approved: tuple[str, ...] = ()  # ids of the events that the cloud was told to start
     unreachable: bool = False  # that the metadata service fails has been said
     boot: str = ""  # identity of the boot in which it was last read whole
@@ -780,9 +781,10 @@ def plan(state: State, reading: Reading, now: datetime, rules: Rules, boot: Boot
     after = functools.reduce(record, actions, state)
     imminents = [event for event in after.events.values() if imminent(event, now, rules.lead)]
     pressing = [event for event in imminents if event.impact not in rules.ignore]
-    if pressing and rules.drains and not after.drained_for:
+    if pressing and rules.drains and (after.draining or not after.drained_for):
         actions.append(Action("drain", min(pressing, key=lambda event: event.not_before or now)))
-    if not pressing and after.drained_for and not reading.doubts:
+    # Not by a check without hooks, at a shell, say: it would only record that the VM is back.
+    if not pressing and rules.drains and after.drained_for and not reading.doubts:
         actions.append(Action("restore", after.drained_for))
     for event in pressing if rules.approves else []:
         # An approval counts for every VM of the event, so only one that hits this VM alone may be approved.
@@ -800,9 +802,9 @@ def record(state: State, action: Action) -> State:
     if verb == "booted":
         return state._replace(boot=action.note)
     if verb == "restore" or event is None:
-        return state._replace(drained_for=None)
+        return state._replace(drained_for=None, draining=False)
     if verb == "drain":
-        return state._replace(drained_for=event)
+        return state._replace(drained_for=event, draining=False)
     if verb == "approve":
         return state._replace(approved=(*state.approved, event.id)[-50:])
     if verb == "over":
@@ -1012,6 +1014,7 @@ def state_from_json(document: Any) -> State:
         finished=tuple(map(str, document["finished"])),
         drained_for=event(document["drained_for"]) if document["drained_for"] else None,
         approved=tuple(map(str, document["approved"])),
+        draining=bool(document.get("draining")),
         unreachable=bool(document["unreachable"]),
         boot=str(document["boot"]),
     )
@@ -1047,6 +1050,15 @@ def this_boot() -> Boot:
         return Boot(file.read().strip(), at)
 
 
+def nameless_file() -> Any:
+    """Return an empty file; in memory where that can be, because a full disk must not keep a VM from draining."""
+    if sys.platform == "linux":
+        return open(os.memfd_create("is_vm_in_maint"), "w+b")
+    import tempfile
+
+    return tempfile.TemporaryFile()
+
+
 class HookFailed(Exception):
     """The hook did not do its work; the text says why, with the end of its output."""
 
@@ -1070,7 +1082,6 @@ def run_hook(words: Sequence[str], variables: dict[str, str], document: dict[str
     The document is what it reads on its standard input.
     """
     import subprocess
-    import tempfile
 
     program = find_hook(words)
     environment = {**os.environ, **variables}
@@ -1079,7 +1090,7 @@ def run_hook(words: Sequence[str], variables: dict[str, str], document: dict[str
     if sys.platform == "win32":
         group = {"creationflags": subprocess.CREATE_NEW_PROCESS_GROUP}
     # Files, not pipes: a daemon that the hook leaves behind may keep them open for as long as it likes.
-    with tempfile.TemporaryFile() as given, tempfile.TemporaryFile() as output:
+    with nameless_file() as given, nameless_file() as output:
         given.write(json.dumps(document).encode())
         given.seek(0)
         command = [program, *words[1:]]
@@ -1088,17 +1099,19 @@ def run_hook(words: Sequence[str], variables: dict[str, str], document: dict[str
         except OSError as error:
             raise HookFailed(f"{program}: {error.strerror}") from None
         give_up = time.monotonic() + limit
-        while process.poll() is None and time.monotonic() < give_up:
-            tell_systemd("WATCHDOG=1")
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(min(1.0, give_up - time.monotonic()))
-        if process.returncode == 0:
+        try:
+            while process.poll() is None and time.monotonic() < give_up:
+                tell_systemd("WATCHDOG=1")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(min(1.0, give_up - time.monotonic()))
+        finally:
+            ended = process.poll() is not None
+            if not ended:  # on Ctrl-C too: a drain must not go on while a rehearsal restores
+                kill_group(process)
+        if ended and process.returncode == 0:
             return
-        if process.returncode is None:
-            kill_group(process)
-            problem = f"killed after {limit:.0f} s (--hook-timeout)"
-        else:
-            problem = f"ended with status {process.returncode}"  # negative: the signal
+        problem = f"ended with status {process.returncode}"  # negative: the signal
+        problem = problem if ended else f"killed after {limit:.0f} s (--hook-timeout)"
         output.seek(max(0, output.seek(0, os.SEEK_END) - MAX_TEXT))
         raise HookFailed(f"{program} {problem}: {clean(output.read().decode('utf-8', 'replace'))}")
 
@@ -1124,8 +1137,11 @@ def notify(url: str, posts: list[dict[str, Any]], journal: Journal) -> bool:
         for attempt in range(3):
             time.sleep(0.3 if attempt else 0.0)
             try:
-                # Not the metadata service: the system's proxies and certificates count here.
-                requests.post(url, json=post, timeout=1.5, allow_redirects=False).raise_for_status()
+                # Not the metadata service: the system's proxies and certificates count here. Of the answer only
+                # the status counts; a redirect did not take it, and following it would turn the POST into a GET.
+                with requests.post(url, json=post, timeout=1.5, allow_redirects=False, stream=True) as reply:
+                    if not 200 <= reply.status_code < 300:
+                        raise requests.HTTPError(response=reply)
                 break
             except (requests.RequestException, OSError) as error:
                 # Neither the URL nor the error's text, which repeats it: the path of a webhook is a secret.
@@ -1211,7 +1227,7 @@ class Check:
             "checked_at": iso_time(utcnow()),
             "instance": self.instance()._asdict(),
             "in_maintenance": self.in_maintenance(),
-            "drained": self.state.drained_for is not None,
+            "drained": self.state.drained_for is not None and not self.state.draining,
             "events": [event.to_json() for event in self.state.events.values()],
         }
 
@@ -1259,17 +1275,25 @@ class Check:
         self.reading = reading
         self.status = CANNOT_TELL if reading.doubts else OK
         for action in plan(self.state, reading, utcnow(), self.rules, self.boot):
+            if action.verb == "drain":
+                # Said before it is done: a drain that fails or is cut short by the reboot itself may have had
+                # its effect, and must be undone also if by then nothing is left to drain for.
+                self.remember(self.state._replace(drained_for=action.event, draining=True))
             if not self.perform(action):
                 self.status = FAILED
                 break
-            self.state = record(self.state, action)
-            try:
-                if not self.state_failed:
-                    self.store.save(self.state)
-            except OSError as error:
-                self.state_problem(error)
+            self.remember(record(self.state, action))
         if self.journal.failed or self.state_failed:
             self.status = FAILED
+
+    def remember(self, state: State) -> None:
+        """Go on with this state, and save it if that can be."""
+        self.state = state
+        try:
+            if not self.state_failed:
+                self.store.save(state)
+        except OSError as error:
+            self.state_problem(error)
 
     def perform(self, action: Action) -> bool:
         """Perform one action; return whether it is done."""
@@ -1280,7 +1304,7 @@ class Check:
                 return False
             try:
                 self.provider.approve(event) if verb == "approve" else self.hook(verb, event)
-            except (HookFailed, CannotTell) as error:
+            except (HookFailed, CannotTell, OSError) as error:
                 self.retry_at = time.monotonic() + RETRY
                 self.log(f"{verb} failed", {"reason": str(error), **details}, event)
                 return False
@@ -1292,10 +1316,11 @@ class Check:
         """Run the drain or restore command, if there is one; raises HookFailed."""
         words = self.options.drain if verb == "drain" else self.options.restore
         left = (event.not_before - utcnow()).total_seconds() if event.not_before else None
+        fields = event.to_log()
         variables = {
-            **event.to_json(),
             "action": verb,
-            "event_id": event.id,
+            "event_id": fields.pop("id"),
+            **fields,
             "seconds_left": None if left is None else max(0, int(left)),
             "resources": ",".join(event.resources),
             "rehearsal": "1" if self.options.rehearse else None,
@@ -1461,6 +1486,11 @@ def rehearse(check: Check) -> int:
         print(f"{'ok' if good else 'FAILED':6}  {name:8} {time.monotonic() - began:6.1f} s", flush=True)
         return good
 
+    import signal
+
+    for name in ("SIGTERM", "SIGHUP"):  # as Ctrl-C: a lost connection must not leave the VM drained either
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.default_int_handler)
     load_to_look(check)
     if check.state.drained_for:
         print("This VM is drained for a real event, so there is no rehearsal now.")
@@ -1529,7 +1559,11 @@ def matching(pattern: str, form: str) -> Callable[[str], str]:
     """Return a function that lets only texts of this form pass."""
 
     def check(text: str) -> str:
-        if not re.fullmatch(pattern, text):
+        try:
+            good = re.fullmatch(pattern, text) and urlsplit(text if "//" in text else f"//{text}").port != 0
+        except ValueError:  # there is no such port, or a bracket is left open
+            good = False
+        if not good:
             raise argparse.ArgumentTypeError(f"{text!r} is not {form}")
         return text
 

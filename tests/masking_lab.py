@@ -31,7 +31,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = ROOT / "is_vm_in_maint.py"
@@ -100,6 +100,11 @@ class WebServer(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     daemon_threads = True
     request_queue_size = 128
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A health probe hangs up when it has seen enough. What else goes wrong ought to be seen."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 def serve(vm: str, address: str, port: str) -> None:
@@ -390,7 +395,10 @@ def wait_until(is_so: Callable[[], bool], what: str, folder: Path, timeout: floa
     deadline = time.monotonic() + timeout
     while not is_so():
         if time.monotonic() > deadline:
-            logs = (f"{log.relative_to(folder)}:\n{log.read_text(errors='replace')}" for log in folder.rglob("*.log"))
+            logs = (
+                f"{log.relative_to(folder)}:\n{log.read_text(errors='replace')[-4000:]}"
+                for log in folder.rglob("*.log")
+            )
             raise Trouble("\n".join([f"it is not so after {timeout:.0f} s: {what}", *logs]))
         time.sleep(0.02)
 

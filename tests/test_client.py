@@ -14,12 +14,13 @@ from pathlib import Path
 
 import pytest
 
-from is_vm_in_maint import CANNOT_TELL, MAX_BODY, OK, PROVIDERS, CannotTell, MetadataClient, Unreachable, main
+from checking import Vm
+from is_vm_in_maint import CANNOT_TELL, MAX_BODY, OK, PROVIDERS, CannotTell, MetadataClient, Unreachable
 from metadata_service import MetadataService
 
 pytestmark = pytest.mark.wire
 
-Start = Callable[..., MetadataService]
+Start = Callable[[str], Vm]
 Run = Callable[..., "subprocess.CompletedProcess[str]"]
 
 # Where each provider tells of events.
@@ -45,7 +46,7 @@ BAD: dict[int | str, str] = {
     "empty": r"(not JSON|not a token|not a maintenance event).*begins ''",
     "bad-utf8": r"not UTF-8",
     "gzip-bomb": r"not UTF-8",
-    "truncate": r"cut short",
+    "truncate": r"cut short|IncompleteRead",
     "reset": r"no answer: (Connection reset|.*forcibly closed)",
     "refuse": r"no answer: (Connection refused|.*actively refused)",
 }
@@ -54,21 +55,18 @@ SENSELESS = [("ec2", 404), ("gce", 503)]
 CASES = [(provider, how) for provider in PROVIDERS for how in BAD if (provider, how) not in SENSELESS]
 
 
-def arguments(provider: str, url: str, folder: Path) -> list[str]:
-    return ["--provider", provider, "--endpoint", url, "--state", str(folder / "state"), "--log", "stderr"]
+@pytest.fixture
+def start(service: Callable[..., MetadataService], tmp_path: Path) -> Start:
+    """start("gce"): a VM there."""
+    return lambda provider: Vm(service(provider), tmp_path)
 
 
-def learn_of_an_event(service: MetadataService, folder: Path) -> bytes:
+def learn_of_an_event(vm: Vm) -> bytes:
     """Announce an event that is an hour away, let the tool see it, and return what it remembers."""
-    service.announce(not_before=3600)
-    assert main(arguments(service.provider, service.url, folder)) == OK
-    remembered = state_of(folder)
-    assert json.loads(remembered)["events"]
-    return remembered
-
-
-def state_of(folder: Path) -> bytes:
-    return (folder / "state" / "state.json").read_bytes()
+    vm.service.announce(not_before=3600)
+    assert vm.check().status == OK
+    assert vm.remembered()["events"]
+    return vm.state.read_bytes()
 
 
 def the_one_sentence(stderr: str) -> str:
@@ -76,6 +74,13 @@ def the_one_sentence(stderr: str) -> str:
     assert stderr.endswith("\n")
     assert len(stderr.splitlines()) == 1, stderr
     return stderr.rstrip("\n")
+
+
+def assert_only_the_failure_is_new(vm: Vm, before: bytes) -> None:
+    """That it fails is remembered, so that it is said once; what is known of events is as it was."""
+    now = vm.state.read_bytes()
+    assert b'"unreachable": true' in now
+    assert now.replace(b'"unreachable": true', b'"unreachable": false') == before
 
 
 @contextmanager
@@ -116,74 +121,59 @@ def raw_server(*pieces: bytes, goes_on: bool = False) -> Iterator[str]:
 
 
 @pytest.mark.parametrize(("provider", "how"), CASES)
-def test_a_bad_answer_is_one_sentence_and_loses_nothing(
-    provider: str, how: int | str, service: Start, tool: Run, tmp_path: Path
-) -> None:
-    cloud = service(provider)
-    before = learn_of_an_event(cloud, tmp_path)
-    cloud.fail(how)
-    first = tool(service=cloud)
-    assert first.returncode == CANNOT_TELL
-    assert first.stdout == ""
-    sentence = the_one_sentence(first.stderr)
+def test_a_bad_answer_is_one_sentence_and_loses_nothing(provider: str, how: int | str, start: Start, tool: Run) -> None:
+    vm = start(provider)
+    before = learn_of_an_event(vm)
+    vm.service.fail(how)
+    done = tool(service=vm.service)
+    assert done.returncode == CANNOT_TELL
+    assert done.stdout == ""
+    sentence = the_one_sentence(done.stderr)
     assert sentence.startswith(f"IsVmInMaint: Metadata service unreachable: provider={provider} reason=")
-    assert cloud.url in sentence
+    assert vm.service.url in sentence
     assert re.search(BAD[how], sentence)
-    # That it fails has been said, and is remembered; nothing else has changed.
-    assert b'"unreachable": true' in state_of(tmp_path)
-    assert state_of(tmp_path).replace(b'"unreachable": true', b'"unreachable": false') == before
+    assert_only_the_failure_is_new(vm, before)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_a_service_that_goes_on_failing_is_said_once_and_changes_nothing(
-    provider: str, service: Start, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    cloud = service(provider)
-    before = learn_of_an_event(cloud, tmp_path)
-    cloud.fail(500)
-    runs = [arguments(provider, cloud.url, tmp_path)] * 3
-    capfd.readouterr()
-    assert main(runs[0]) == CANNOT_TELL
-    remembered = state_of(tmp_path)
-    the_one_sentence(capfd.readouterr().err)
-    assert [main(run) for run in runs] == [CANNOT_TELL] * 3
-    assert state_of(tmp_path) == remembered
-    assert capfd.readouterr() == ("", ""), "cron would mail it every five minutes"
-    cloud.heal()
-    assert [main(run) for run in runs] == [OK] * 3
-    assert "Metadata service reachable again: " in the_one_sentence(capfd.readouterr().err)
-    assert state_of(tmp_path) == before
+def test_a_service_that_goes_on_failing_is_said_once_and_changes_nothing(provider: str, start: Start) -> None:
+    vm = start(provider)
+    before = learn_of_an_event(vm)
+    vm.service.fail(500)
+    status, log, printed = vm.check()
+    assert (status, len(log), printed) == (CANNOT_TELL, 1, "")
+    remembered = vm.state.read_bytes()
+    # Not a word more: cron would mail it every five minutes.
+    assert [vm.check() for _ in range(3)] == [(CANNOT_TELL, [], "")] * 3
+    assert vm.state.read_bytes() == remembered
+    vm.service.heal()
+    again = vm.check()
+    assert again == (OK, [f"Metadata service reachable again: provider={provider}"], "")
+    assert vm.check() == (OK, [], "")
+    assert vm.state.read_bytes() == before
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 @pytest.mark.parametrize("how", ["hang", "hang-mid-body", "drip", "drip-headers"])
 def test_an_answer_that_does_not_end_is_given_up(
-    *,
-    provider: str,
-    how: str,
-    service: Start,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
+    provider: str, how: str, start: Start, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(PROVIDERS[provider], "patience", 0.4)
-    cloud = service(provider)
-    before = learn_of_an_event(cloud, tmp_path)
-    capfd.readouterr()
-    cloud.fail(how, path=PLACES[provider])
-    assert main(arguments(provider, cloud.url, tmp_path)) == CANNOT_TELL
-    sentence = the_one_sentence(capfd.readouterr().err)
-    assert f"{cloud.url}{PLACES[provider]}" in sentence
+    vm = start(provider)
+    before = learn_of_an_event(vm)
+    vm.service.fail(how, path=PLACES[provider])
+    status, (sentence,), _ = vm.check()
+    assert status == CANNOT_TELL
+    assert f"{vm.service.url}{PLACES[provider]}" in sentence
     assert "no whole answer within" in sentence
-    assert state_of(tmp_path).replace(b'"unreachable": true', b'"unreachable": false') == before
+    assert_only_the_failure_is_new(vm, before)
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_after_no_answer_nothing_else_is_asked(provider: str, service: Start, tmp_path: Path) -> None:
-    cloud = service(provider)
-    cloud.fail("reset")
-    assert main(arguments(provider, cloud.url, tmp_path)) == CANNOT_TELL
-    assert len(cloud.requests) == 1, "every question would wait for its own time-out"
+def test_after_no_answer_nothing_else_is_asked(provider: str, start: Start) -> None:
+    vm = start(provider)
+    vm.service.fail("reset")
+    assert len(vm.asked()) == 1, "every question would wait for its own time-out"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere a connection to a broadcast address may be tried")
@@ -200,19 +190,20 @@ def test_a_host_that_has_no_address_is_one_sentence(tool: Run) -> None:
     assert "http://metadata.invalid./" in the_one_sentence(done.stderr)
 
 
-def test_test_and_json_cannot_tell_either(service: Start, tool: Run, tmp_path: Path) -> None:
-    cloud = service("azure-v1")
-    before = learn_of_an_event(cloud, tmp_path)
-    cloud.fail(500)
-    asked = tool("--test", service=cloud)
+def test_test_and_json_cannot_tell_either(start: Start, tool: Run) -> None:
+    vm = start("azure-v1")
+    before = learn_of_an_event(vm)
+    vm.service.fail(500)
+    asked = tool("--test", service=vm.service)
     assert (asked.returncode, asked.stdout) == (CANNOT_TELL, "")
-    assert cloud.url in the_one_sentence(asked.stderr)
-    printed = tool("--json", service=cloud)
+    assert vm.service.url in the_one_sentence(asked.stderr)
+    printed = tool("--json", service=vm.service)
     assert printed.returncode == CANNOT_TELL
+    assert vm.service.url in the_one_sentence(printed.stderr)
     document = json.loads(printed.stdout)
     assert document["in_maintenance"] is None
     assert len(document["events"]) == 1, "what is known is still known"
-    assert state_of(tmp_path) == before
+    assert vm.state.read_bytes() == before
 
 
 GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n"
@@ -237,10 +228,11 @@ GOOD = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n"
         pytest.param(GOOD + b"Content-Encoding: gzip\r\n\r\n\x1f\x8b", id="half a gzip"),
     ],
 )
-def test_what_is_no_http_is_cannot_tell(answer: bytes, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_what_is_no_http_is_cannot_tell(answer: bytes, start: Start) -> None:
     with raw_server(answer) as url:
-        assert main(arguments("azure-v1", url, tmp_path)) == CANNOT_TELL
-    assert f"GET {url}/metadata/v1/maintenance: " in the_one_sentence(capfd.readouterr().err)
+        status, (sentence,), _ = start("azure-v1").check("--endpoint", url)
+    assert status == CANNOT_TELL
+    assert f"GET {url}/metadata/v1/maintenance: " in sentence
 
 
 @pytest.mark.parametrize(
@@ -256,23 +248,23 @@ def test_what_is_no_http_is_cannot_tell(answer: bytes, tmp_path: Path, capfd: py
         pytest.param([b"HTTP/1.1 100 Continue\r\n\r\n" + GOOD + b"\r\n{}"], id="after 100 Continue"),
     ],
 )
-def test_a_whole_answer_is_understood(pieces: list[bytes], tmp_path: Path) -> None:
+def test_a_whole_answer_is_understood(pieces: list[bytes], start: Start) -> None:
     with raw_server(*pieces) as url:
-        assert main(arguments("azure-v1", url, tmp_path)) == OK
+        assert start("azure-v1").check("--endpoint", url) == (OK, [], "")
 
 
 # ---- the client's limits -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("how", ["hang", "hang-mid-body", "drip", "drip-headers"])
-def test_time_is_bounded_however_slowly_the_bytes_come(how: str, service: Start) -> None:
-    cloud = service("azure-v1")
-    client = MetadataClient(cloud.url)
+def test_time_is_bounded_however_slowly_the_bytes_come(how: str, start: Start) -> None:
+    service = start("azure-v1").service
+    client = MetadataClient(service.url)
     assert client.ask("GET", PLACES["azure-v1"], {}, 5).status == 200  # the connection is there already
-    cloud.fail(how)
+    service.fail(how)
     with pytest.raises(Unreachable, match="no whole answer within"):
         client.ask("GET", PLACES["azure-v1"], {}, 0.3)
-    cloud.heal()
+    service.heal()
     assert client.ask("GET", PLACES["azure-v1"], {}, 5).body == b"{}", "and then it goes on"
 
 
@@ -290,46 +282,46 @@ def test_an_answer_without_end_is_given_up_however_fast_it_comes(endless: Sequen
 
 
 @pytest.mark.parametrize(("size", "status"), [(MAX_BODY, OK), (MAX_BODY + 1, CANNOT_TELL)])
-def test_a_body_may_have_1_mib_and_no_more(size: int, status: int, service: Start, tmp_path: Path) -> None:
-    cloud = service("azure-v1")
-    cloud.serve(PLACES["azure-v1"], b"{}".ljust(size))
-    assert main(arguments("azure-v1", cloud.url, tmp_path)) == status
+def test_a_body_may_have_1_mib_and_no_more(size: int, status: int, start: Start) -> None:
+    vm = start("azure-v1")
+    vm.service.serve(PLACES["azure-v1"], b"{}".ljust(size))
+    assert vm.check().status == status
     assert MAX_BODY == 1024 * 1024
 
 
 @pytest.mark.parametrize(("provider", "questions"), [("azure-v1", 1), ("azure", 1), ("gce", 3), ("ec2", 5)])
-def test_all_questions_go_over_one_connection(provider: str, questions: int, service: Start, tmp_path: Path) -> None:
-    cloud = service(provider)
-    assert main(arguments(provider, cloud.url, tmp_path)) == OK
-    assert len(cloud.requests) == questions
-    assert cloud.connections == 1
+def test_all_questions_of_a_check_go_over_one_connection(provider: str, questions: int, start: Start) -> None:
+    vm = start(provider)
+    assert len(vm.asked()) == questions
+    assert vm.service.connections == 1
 
 
-def test_a_connection_that_the_service_closed_is_opened_anew(service: Start) -> None:
-    cloud = service("azure-v1")
-    client = MetadataClient(cloud.url)
+def test_a_connection_that_the_service_closed_is_opened_anew(start: Start) -> None:
+    service = start("azure-v1").service
+    client = MetadataClient(service.url)
     for _ in range(2):
         assert client.ask("GET", PLACES["azure-v1"], {}, 5).status == 200
-        cloud.drop_connections()
-    assert cloud.connections == 2
+        service.drop_connections()
+    assert service.connections == 2
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_a_redirect_is_not_followed(provider: str, service: Start, tmp_path: Path) -> None:
-    cloud = service(provider)
-    cloud.fail("redirect")
-    assert main(arguments(provider, cloud.url, tmp_path)) == CANNOT_TELL
-    assert not [request for request in cloud.requests if request.place == "/redirected"]
+def test_a_redirect_is_not_followed(provider: str, start: Start) -> None:
+    vm = start(provider)
+    vm.service.fail("redirect")
+    assert vm.check().status == CANNOT_TELL
+    assert vm.service.requests
+    assert "/redirected" not in [request.place for request in vm.service.requests]
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_nothing_of_the_environment_stands_in_between(provider: str, service: Start, tool: Run, tmp_path: Path) -> None:
+def test_nothing_of_the_environment_stands_in_between(
+    provider: str, service: Callable[..., MetadataService], tool: Run, tmp_path: Path
+) -> None:
     cloud, proxy = service(provider), service("azure-v1")
-    home = tmp_path / "home"
-    home.mkdir()
-    (home / ".netrc").write_text("machine 127.0.0.1 login root password secret\n")
+    (tmp_path / ".netrc").write_text("machine 127.0.0.1 login root password secret\n")
     names = ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "HTTPS_PROXY")
-    environment = {**dict.fromkeys(names, proxy.url), "NO_PROXY": None, "no_proxy": None, "HOME": str(home)}
+    environment = {**dict.fromkeys(names, proxy.url), "NO_PROXY": None, "no_proxy": None, "HOME": str(tmp_path)}
     certificates = dict.fromkeys(("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"), "/nowhere/ca.pem")
     done = tool(service=cloud, env={**environment, **certificates})
     assert (done.returncode, done.stderr) == (OK, "")
@@ -339,12 +331,11 @@ def test_nothing_of_the_environment_stands_in_between(provider: str, service: St
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-def test_what_is_sent_has_no_header_that_a_metadata_service_refuses(
-    provider: str, service: Start, tmp_path: Path
-) -> None:
-    cloud = service(provider)
-    assert main(arguments(provider, cloud.url, tmp_path)) == OK
-    for request in cloud.requests:
+def test_what_is_sent_has_no_header_that_a_metadata_service_refuses(provider: str, start: Start) -> None:
+    vm = start(provider)
+    vm.check()
+    assert vm.service.requests
+    for request in vm.service.requests:
         assert "x-forwarded-for" not in request.headers
         assert request.headers["user-agent"].startswith("is-vm-in-maint/")
         assert "gzip" not in request.headers.get("accept-encoding", "")
@@ -377,24 +368,24 @@ NASTY_DOCUMENTS = {
 
 @pytest.mark.parametrize("provider", PROVIDERS)
 def test_control_characters_and_line_breaks_in_every_field_come_out_as_one_clean_line(
-    provider: str, service: Start, tool: Run
+    provider: str, start: Start, tool: Run
 ) -> None:
-    cloud = service(provider)
+    service = start(provider).service
     place = "/computeMetadata/v1/instance/upcoming-maintenance" if provider == "gce" else PLACES[provider]
-    cloud.serve(place, json.dumps(NASTY_DOCUMENTS[provider]))
-    done = tool(service=cloud, env={"PYTHONUTF8": "1"})
+    service.serve(place, json.dumps(NASTY_DOCUMENTS[provider]))
+    done = tool(service=service)
     assert done.returncode == OK
     line = the_one_sentence(done.stderr)
     assert line.startswith("IsVmInMaint: Incoming VM Event: impact=")
     assert line.isprintable()
     assert "forged" in line
-    again = tool(service=cloud)
+    again = tool(service=service)
     assert (again.returncode, again.stderr) == (OK, ""), "and it is known the next time"
 
 
-def test_an_answer_that_is_quoted_in_the_sentence_is_clean_as_well(service: Start, tool: Run) -> None:
-    cloud = service("azure-v1")
-    cloud.serve(PLACES["azure-v1"], "\x1b[2J\nforged: line\r\n")
-    done = tool(service=cloud, env={"PYTHONUTF8": "1"})
+def test_an_answer_that_is_quoted_in_the_sentence_is_clean_as_well(start: Start, tool: Run) -> None:
+    service = start("azure-v1").service
+    service.serve(PLACES["azure-v1"], "\x1b[2J\nforged: line\r\n")
+    done = tool(service=service)
     assert done.returncode == CANNOT_TELL
     assert the_one_sentence(done.stderr).isprintable()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
@@ -183,22 +184,42 @@ DOCUMENTS: dict[str, tuple[dict[str, str], list[str]]] = {
 }
 
 
+def check_as_a_program(tool, cloud, options: tuple[str, ...]) -> tuple[int, str, str]:
+    done = tool(*options, service=cloud)
+    return done.returncode, done.stdout, done.stderr
+
+
+def check_in_this_process(cloud, options: tuple[str, ...], state: Path, capsys) -> tuple[int, str, str]:
+    gc.collect()  # the lock of an earlier run goes with its objects, as it would with its process
+    here = ("--provider", cloud.provider, "--endpoint", cloud.url, "--state", str(state))
+    status = is_vm_in_maint.main([*here, *options])
+    return (status, *capsys.readouterr())
+
+
 @pytest.mark.wire
 @posix_only
 @pytest.mark.parametrize("provider", DOCUMENTS)
-def test_the_manuals_documents_are_logged_once_through_twenty_checks(provider, service, tool, syslogd) -> None:
+def test_the_manuals_documents_are_logged_once_through_twenty_checks(
+    provider, service, tool, syslogd, tmp_path, capsys
+) -> None:
     documents, events = DOCUMENTS[provider]
     cloud = service(provider, vm="WestNO_0")
     for path, document in documents.items():
         cloud.serve(path, document)
     options = ("--log", "syslog", "--syslog", syslogd.socket)
 
-    finished = [tool(*options, service=cloud) for _ in range(20)]
+    def check() -> tuple[int, str, str]:
+        if provider in ("azure-v1", "gce"):
+            return check_as_a_program(tool, cloud, options)
+        # For the rest a tenth of the time will do: what differs is only the provider.
+        return check_in_this_process(cloud, options, tmp_path / "state", capsys)
+
+    finished = [check() for _ in range(20)]
     announced = syslogd.lines()
     cloud.heal()  # now nothing is planned
-    finished += [tool(*options, service=cloud) for _ in range(2)]
+    finished += [check() for _ in range(2)]
 
-    assert {(done.returncode, done.stdout, done.stderr) for done in finished} == {(0, "", "")}
+    assert set(finished) == {(0, "", "")}
     incoming = [f"Incoming VM Event: {event}" for event in events]
     over = [f"VM Event over: outcome=ended {event}" for event in events]  # the time of each had come
     assert without_made_up_ids(announced, events) == list(map(notice, incoming))

@@ -13,14 +13,16 @@ import shutil
 import socket
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 from statistics import median
 
 import common
+
 from metadata_service import MetadataService
 
 KEY = {"azure-v1": "/metadata/v1/maintenance", "gce": "/computeMetadata/v1/instance/maintenance-event"}
-BASELINE = "requests.get alone"
+BASELINE, BY_PATH, SEED = "requests.get alone", "is_vm_in_maint.py by its path", "bash, curl, grep as in 2015"
 GET = 'import requests; requests.get({url!r}, headers={{"Metadata-Flavor": "Google"}})'
 
 # As the pipeline of 2015 did it, its fault included: without quotes the test is true for nothing as well.
@@ -36,27 +38,35 @@ FALSE_ALARM_RUNS = 5
 def ways(python: str, service: MetadataService, home: Path) -> dict[str, list[str]]:
     """The commands to compare. They run in `home`, which holds the tool, compiled."""
     key = service.url + KEY[service.provider]
-    options = ["--provider", service.provider, "--endpoint", service.url]
-    options += ["--state", str(home / f"state-{service.provider}"), "--syslog", str(home / "log")]
-    compiled = next(home.glob("__pycache__/is_vm_in_maint.*.pyc"))
+    installed = common.tool(python, service, home, "--syslog", str(home / "log"))
+    options = installed[3:]
     commands = {
         BASELINE: [python, "-c", GET.format(url=key)],
-        "is_vm_in_maint.py by its path": [python, str(home / "is_vm_in_maint.py"), *options],
-        "-m is_vm_in_maint": [python, "-m", "is_vm_in_maint", *options],
-        "-E -s -m is_vm_in_maint": [python, "-E", "-s", "-m", "is_vm_in_maint", *options],
-        "-I .../is_vm_in_maint.pyc": [python, "-I", str(compiled), *options],
+        BY_PATH: [python, str(home / common.TOOL.name), *options],
+        "the same as installed (-m)": installed,
+        "the same as a .pyc (-I)": [python, "-I", str(next(home.glob("__pycache__/*.pyc"))), *options],
     }
     if service.provider == "azure-v1" and all(map(shutil.which, ("bash", "curl", "grep", "logger"))):
-        commands["bash, curl, grep as in 2015"] = ["bash", "-c", SHELL, "bash", key, str(home / "log")]
+        commands[SEED] = ["bash", "-c", SHELL, "bash", key, str(home / "log")]
     return commands
 
 
-def measure(commands: dict[str, list[str]], home: Path, rounds: int) -> dict[str, common.Cost]:
+def drained(log: socket.socket) -> int:
+    """Empties the syslog socket, so that nobody has to wait for room in it; the number of lines."""
+    lines = 0
+    with suppress(BlockingIOError):
+        while log.recv(65536, socket.MSG_DONTWAIT):
+            lines += 1
+    return lines
+
+
+def measure(commands: dict[str, list[str]], home: Path, log: socket.socket, rounds: int) -> dict[str, common.Cost]:
     """The median cost of each command, run in turns."""
     costs: dict[str, list[common.Cost]] = {name: [] for name in commands}
     for turn in range(rounds + 1):
         for name, command in commands.items():
             found = common.cost(command, home)
+            drained(log)
             if turn:  # the first round warms up: it makes the state and fills the file caches
                 costs[name].append(found)
     return {name: common.Cost(*map(median, zip(*found))) for name, found in costs.items()}
@@ -64,16 +74,21 @@ def measure(commands: dict[str, list[str]], home: Path, rounds: int) -> dict[str
 
 def lines_logged(command: list[str], home: Path, log: socket.socket) -> int:
     """How many lines some runs send to syslog."""
-    log.setblocking(False)
     count = 0
     for _ in range(FALSE_ALARM_RUNS):
         subprocess.run(command, cwd=home, stdout=subprocess.DEVNULL, check=True)
-        try:
-            while log.recv(65536):
-                count += 1
-        except BlockingIOError:
-            pass
+        count += drained(log)
     return count
+
+
+def show(service: MetadataService, costs: dict[str, common.Cost]) -> None:
+    base = costs[BASELINE]
+    rows = [
+        (name, f"{cpu * 1000:.0f} ms", f"{cpu / base.cpu:.2f}", f"{memory:.1f} MiB", f"{memory / base.memory:.2f}")
+        for name, (cpu, memory) in costs.items()
+    ]
+    title = f"{service.provider}, nothing planned, {len(service.requests)} requests served"
+    common.show(title, ("a check", "CPU", "times", "peak memory", "times"), rows)
 
 
 def main() -> None:
@@ -82,33 +97,20 @@ def main() -> None:
     figures: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as folder, socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as log:
         home = Path(folder)
-        shutil.copy(common.TOOL, home)
-        subprocess.run([python, "-m", "compileall", "-q", str(home)], check=True)
+        common.install(python, home)
         log.bind(str(home / "log"))
         for provider in KEY:
             with MetadataService(provider) as service:
                 commands = ways(python, service, home)
-                costs = measure(commands, home, options.rounds)
-                base = costs[BASELINE]
+                costs = measure(commands, home, log, options.rounds)
                 figures[provider] = {name: dict(found._asdict()) for name, found in costs.items()}
-                rows = [
-                    (
-                        name,
-                        f"{cpu * 1000:.0f} ms",
-                        f"{cpu / base.cpu:.2f}",
-                        f"{mem:.1f} MiB",
-                        f"{mem / base.memory:.2f}",
-                    )
-                    for name, (cpu, mem) in costs.items()
-                ]
-                title = f"{provider}, nothing planned, {len(service.requests)} requests served"
-                common.show(title, ("a check", "CPU", "times", "peak memory", "times"), rows)
+                show(service, costs)
                 if provider == "azure-v1":
-                    alarms = {name: lines_logged(commands[name], home, log) for name in list(commands)[1::4]}
-                    figures["false_alarms"] = {"runs": FALSE_ALARM_RUNS, "lines": alarms}
-                    rows = [(name, f"{lines} log lines") for name, lines in alarms.items()]
-                    common.show(f"{FALSE_ALARM_RUNS} runs, nothing planned", ("", "logged"), rows)
-    common.finish(figures)
+                    run = {name: command for name, command in commands.items() if name in (BY_PATH, SEED)}
+                    alarms = {name: lines_logged(command, home, log) for name, command in run.items()}
+        figures["false_alarms"] = {"runs": FALSE_ALARM_RUNS, "lines": alarms}
+        common.show(f"{FALSE_ALARM_RUNS} runs, nothing planned", ("", "log lines"), alarms.items())
+    common.finish(python, figures)
 
 
 if __name__ == "__main__":

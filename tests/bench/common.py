@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
@@ -20,6 +21,7 @@ TOOL = ROOT / "is_vm_in_maint.py"
 sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "install")]
 
 import environment  # noqa: E402 - found through the line above
+from metadata_service import MetadataService  # noqa: E402
 
 
 def find_python() -> str:
@@ -96,9 +98,20 @@ def need_linux() -> None:
         sys.exit("This needs Linux, where /proc tells what a running process takes.")
 
 
-def tool(python: str, provider: str, url: str, state: str | Path, *arguments: str) -> list[str]:
-    """The command that runs the tool by its path, with a state directory of its own."""
-    return [python, str(TOOL), "--provider", provider, "--endpoint", url, "--state", str(state), *arguments]
+def install(python: str, home: Path) -> None:
+    """Puts the tool into a folder, compiled."""
+    shutil.copy(TOOL, home)
+    subprocess.run([python, "-m", "compileall", "-q", str(home)], check=True)
+
+
+def tool(python: str, service: MetadataService, home: Path, *arguments: str) -> list[str]:
+    """The command that runs the installed tool as a cron line does, in its folder, with a state of its own.
+
+    Not by its path: Python compiles a script anew each time, and keeps what it made of it in memory.
+    """
+    state = str(home / f"state-{service.provider}")
+    options = ["--provider", service.provider, "--endpoint", service.url, "--state", state]
+    return [python, "-m", "is_vm_in_maint", *options, *arguments]
 
 
 def quiet_environment() -> dict[str, str]:
@@ -129,6 +142,9 @@ def show(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) 
     print(flush=True)
 
 
-def finish(figures: dict[str, object]) -> None:
+def finish(python: str, figures: dict[str, object]) -> None:
     """Prints the figures, with what they were measured on, as one line of JSON: the last."""
-    print(json.dumps({"python": sys.version.split()[0], "machine": f"{os.cpu_count()} CPUs", **figures}))
+    code = "import platform, requests; print(platform.python_version(), requests.__version__)"
+    answer = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=True)
+    version, requests_version = answer.stdout.split()
+    print(json.dumps({"python": version, "requests": requests_version, "cpus": os.cpu_count(), **figures}))
