@@ -408,8 +408,10 @@ class Azure(Provider):
             yield from legacy.maintenance()
             self.legacy, self.name = legacy, legacy.name  # remembered for this run
             return
+        reply.expect(200)
+        self.patience = 10.0  # it is switched on, so from now on silence means that something is wrong
         # The same bytes mean the same events. The incarnation alone would not do: it starts over.
-        if reply.expect(200).body == self.last_body:
+        if reply.body == self.last_body:
             yield from self.last_events
             return
         self.last_body, self.last_events = None, []
@@ -1470,7 +1472,8 @@ def show(check: Check, seconds: float) -> None:
         text = check.sentences()[0]
         tell_systemd(f"WATCHDOG=1\nSTATUS={text}")
         if on_terminal:
-            line = f"Watched {in_words(seconds)}. {text}"[: os.get_terminal_size().columns - 1]
+            who = " ".join(filter(None, [check.provider.name, check.known_instance.name or check.known_instance.id]))
+            line = f"{who}, watched {in_words(seconds)}. {text}"[: os.get_terminal_size().columns - 1]
             print(f"\r\x1b[K{line}", end="", flush=True)
 
 

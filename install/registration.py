@@ -34,6 +34,7 @@ import is_vm_in_maint  # noqa: E402 - it lies beside this folder, and is no pack
 NAME = "is-vm-in-maint"
 VERSION = is_vm_in_maint.__version__
 TOOL = ROOT / "is_vm_in_maint.py"
+ON_WINDOWS = os.name == "nt"
 SYSTEM_PYTHON = Path("/usr/bin/python3")
 # What cron and systemd give a program, and so the trial too: no more of root's own environment.
 PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -43,17 +44,20 @@ REGISTERED_BY = {
     "systemd.py": Path("/etc/systemd/system") / f"{NAME}.service",
 }
 INTERVALS = (1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60)  # minutes; the divisors of an hour
-# The tool runs this file. Python compiles what it runs anew each time, but keeps what it imports in
-# __pycache__ (a quarter less CPU time to start, apart from requests). An upgraded Python sees that the
-# bytecode is another's and makes its own, which running the .pyc itself would not survive.
+# What is run, instead of the tool itself. Python compiles the file that it runs anew each time and keeps
+# what it imports in __pycache__, which saves the 1,600 lines' compilation at each start (50 ms of 250).
+# An upgraded Python sees that this bytecode is another's and makes its own; a .pyc that is run by its
+# name would fail.
 LAUNCHER = """\
 import sys
 
-sys.path += {packages!r}
 from is_vm_in_maint import main
 
 sys.exit(main())
 """
+# After an upgrade of Python a virtual environment is empty, for each version has a folder of its own in
+# it. What is in the old one is pure Python and does for the new one too.
+LAUNCHER_WITH_PACKAGES = LAUNCHER.replace("sys\n\n", "sys\n\nsys.path.append({packages!r})\n", 1)
 # No PYTHON... variables and no packages of a user's own: neither cron nor the Task Scheduler has them.
 ISOLATED = "-Es"
 VENV = "venv"  # beside the tool, where no Python of this machine can import requests
@@ -137,13 +141,13 @@ class Changes:
         """Makes `path` a file of this content and mode, at a stroke; whether it was not so already.
 
         Args:
-            what: is said instead of the content.
+            what: is said instead of the content; without it --dry-run prints all.
         """
         old = read_file(path)
-        if old == (content, mode) or (os.name == "nt" and old and old[0] == content):
+        if old == (content, mode) or (ON_WINDOWS and old and old[0] == content):
             return False
-        text = what or "\n" + "".join(f"    {line}\n" for line in content.decode(errors="replace").splitlines())
-        if self.step("Write", f"{path} (mode {mode:04o}): {text}".rstrip()):
+        lines = [what] if what else content.decode(errors="replace").splitlines() if self.dry_run else []
+        if self.step("Write", "\n    ".join([f"{path} (mode {mode:04o})", *filter(None, lines)])):
             self.on_failure(f"writing {path}", lambda: restore_file(path, old))
             write_file(path, content, mode)
         return True
@@ -228,7 +232,7 @@ def said(done: subprocess.CompletedProcess[bytes]) -> str:
 
 def shown(words: Sequence[str]) -> str:
     """A command as one would type it."""
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+    return subprocess.list2cmdline(words) if ON_WINDOWS else shlex.join(words)
 
 
 # ---- The copy of the tool ----------------------------------------------------------------------------
@@ -274,7 +278,7 @@ def copy_tool(changes: Changes, place: Place, options: argparse.Namespace, aroun
         changes.on_failure(f"making {bytecode}", lambda: shutil.rmtree(bytecode, ignore_errors=True))
         changes.remove(bytecode)
     changes.file(copy, content, what=f"a copy of {TOOL}, version {VERSION}")
-    changes.file(place.folder / "run.py", LAUNCHER.format(packages=[] if python else packages_in(own_python)).encode())
+    changes.file(place.folder / "run.py", launcher(None if python else own_python).encode())
     # It shows that the copy starts, and has Python make the bytecode.
     changes.run(*command, "--version", counts=False)
     return command
@@ -286,14 +290,13 @@ def state_of(options: argparse.Namespace, place: Place, around: Surroundings) ->
     return around.directory / options.parsed.state if given else place.state
 
 
-def packages_in(python: Path) -> list[str]:
-    """Where a virtual environment has its packages.
-
-    After an upgrade from Python 3.11 to 3.13 it looks for them in another folder, which is empty. Those
-    of the tool are pure Python and do for both, so the launcher names the folder.
-    """
+def launcher(own_python: Path | None) -> str:
+    """The program that starts the tool, on the machine's Python or on the tool's own."""
+    if own_python is None:
+        return LAUNCHER
     code = "import sysconfig; print(sysconfig.get_path('purelib'))"
-    return environment.run(python, "-I", "-c", code).stdout.split("\n")[:1]
+    packages = environment.run(own_python, "-I", "-c", code).stdout.rstrip("\n")
+    return LAUNCHER_WITH_PACKAGES.format(packages=packages)
 
 
 def write_record(changes: Changes, place: Place, command: list[str], state: Path) -> None:
@@ -319,14 +322,19 @@ def record(place: Place) -> dict[str, Any]:
 
 def candidates() -> list[Path]:
     """The Pythons that nobody else can change, the system's own first: it stays, and it gets upgrades."""
-    found = [] if os.name == "nt" else [SYSTEM_PYTHON]
+    found = [] if ON_WINDOWS else [SYSTEM_PYTHON]
     found.append(Path(sys.executable))
     return [python for python in dict.fromkeys(found) if python.exists() and not others_can_change(python)]
 
 
 def others_can_change(python: Path) -> bool:
+    """Whether others than root (and this user) can change a file, or put another in its place."""
+    if ON_WINDOWS:
+        return False  # access lists say it there; task_scheduler.py has a word on it
     try:
-        return bool(is_vm_in_maint.untrusted(str(python)))
+        # What lies in /tmp is safe from others, but not from being tidied away.
+        in_tmp = any(parent.stat().st_mode & stat.S_IWOTH for parent in python.absolute().parents)
+        return in_tmp or bool(is_vm_in_maint.untrusted(str(python)))
     except OSError:
         return True
 
@@ -366,7 +374,7 @@ def make_environment(changes: Changes, venv: Path) -> None:
         if before and read_file(venv / environment.MARK) != before:
             changes.step("Made", f"the virtual environment in {venv} anew")
     except environment.CannotMake as error:
-        hint = "" if os.name == "nt" else " Or let the system's Python have it: apt-get install python3-requests."
+        hint = "" if ON_WINDOWS else " Or let the system's Python have it: apt-get install python3-requests."
         raise Trouble(f"{error}{hint}") from None
 
 
@@ -534,12 +542,13 @@ def main(
     actions: Mapping[str, Callable[[argparse.Namespace], int]],
 ) -> int:
     """Does what the command line says; the exit status."""
-    if os.name == "posix":
+    if not ON_WINDOWS:
         os.umask(0o022)
         for name in (signal.SIGTERM, signal.SIGHUP):  # an ssh connection lost must not leave half of it
             signal.signal(name, lambda number, _: sys.exit(128 + number))
     options = parse(script, sys.argv[1:] if argv is None else argv, description, add_options)
     try:
+        check_system(script)
         return actions[options.action](options)
     except Trouble as error:
         print(f"{script}: {error}", file=sys.stderr)
@@ -569,6 +578,14 @@ def uninstalled(changes: Changes) -> int:
     elif not changes.dry_run:
         print("Uninstalled.")
     return 0
+
+
+def check_system(script: str) -> None:
+    """Raises Trouble if this machine has another kind of scheduler."""
+    if ON_WINDOWS and script != "task_scheduler.py":
+        raise Trouble("this is not for Windows; there it is: python install\\task_scheduler.py")
+    if not ON_WINDOWS and script == "task_scheduler.py":
+        raise Trouble("this is for Windows; here it is: sudo python3 install/cron.py, or install/systemd.py")
 
 
 def check_alone(options: argparse.Namespace) -> None:

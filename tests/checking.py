@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+import itertools
 import json
 from collections.abc import Mapping
 from contextlib import redirect_stderr, redirect_stdout
@@ -14,6 +15,7 @@ import is_vm_in_maint
 from metadata_service import MetadataService
 
 TAG = "IsVmInMaint: "
+RUNS = itertools.count(1)
 
 
 class Checked(NamedTuple):
@@ -34,7 +36,7 @@ class Vm:
         self.arguments += ["--state", str(self.state.parent), *arguments]
 
     def check(self, *arguments: str) -> Checked:
-        self._let_go_of_the_lock()
+        self._clear_up()
         printed, logged = io.StringIO(), io.StringIO()
         with redirect_stdout(printed), redirect_stderr(logged):
             status = is_vm_in_maint.main([*self.arguments, *arguments])
@@ -43,13 +45,17 @@ class Vm:
         assert all(line.startswith(TAG) for line in lines), lines
         return Checked(status, [line[len(TAG) :] for line in lines], printed.getvalue())
 
-    def _let_go_of_the_lock(self) -> None:
-        """The tool leaves that to the end of the process, and an exception's traceback can keep the file open."""
+    def _clear_up(self) -> None:
+        """Close what runs before this one have left open, as the end of their process would have done."""
         lock = self.state.with_name("lock")
         if lock.exists():
             with lock.open("r+") as file:
-                if not is_vm_in_maint.lock_now(file):
+                if not is_vm_in_maint.lock_now(file):  # the traceback of an exception keeps it
                     gc.collect()
+        if next(RUNS) % 50 == 0:
+            for client in gc.get_objects():
+                if type(client) is is_vm_in_maint.MetadataClient:
+                    client.session.close()
 
     def asked(self, *arguments: str) -> list[str]:
         """What one check asks the metadata service for."""

@@ -8,6 +8,7 @@ import os
 import re
 import socket
 import subprocess
+from collections.abc import Callable
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -184,40 +185,37 @@ DOCUMENTS: dict[str, tuple[dict[str, str], list[str]]] = {
 }
 
 
-def check_as_a_program(tool, cloud, options: tuple[str, ...]) -> tuple[int, str, str]:
-    done = tool(*options, service=cloud)
-    return done.returncode, done.stdout, done.stderr
+@pytest.fixture
+def check(tool, tmp_path, capsys) -> Callable[..., tuple[int, str, str]]:
+    """check(gce, "--log", ...): one check, and what it gave: status, stdout, stderr."""
 
+    def run(cloud, *options: str) -> tuple[int, str, str]:
+        if cloud.provider in ("azure-v1", "gce"):
+            done = tool(*options, service=cloud)
+            return done.returncode, done.stdout, done.stderr
+        # For the rest a run in this process will do, in a tenth of the time: only the provider is another.
+        gc.collect()  # the lock of an earlier run goes with its objects, as it would with its process
+        here = ("--provider", cloud.provider, "--endpoint", cloud.url, "--state", str(tmp_path / "state"))
+        status = is_vm_in_maint.main([*here, *options])
+        return (status, *capsys.readouterr())
 
-def check_in_this_process(cloud, options: tuple[str, ...], state: Path, capsys) -> tuple[int, str, str]:
-    gc.collect()  # the lock of an earlier run goes with its objects, as it would with its process
-    here = ("--provider", cloud.provider, "--endpoint", cloud.url, "--state", str(state))
-    status = is_vm_in_maint.main([*here, *options])
-    return (status, *capsys.readouterr())
+    return run
 
 
 @pytest.mark.wire
 @posix_only
 @pytest.mark.parametrize("provider", DOCUMENTS)
-def test_the_manuals_documents_are_logged_once_through_twenty_checks(
-    provider, service, tool, syslogd, tmp_path, capsys
-) -> None:
+def test_the_manuals_documents_are_logged_once_through_twenty_checks(provider, service, check, syslogd) -> None:
     documents, events = DOCUMENTS[provider]
     cloud = service(provider, vm="WestNO_0")
     for path, document in documents.items():
         cloud.serve(path, document)
     options = ("--log", "syslog", "--syslog", syslogd.socket)
 
-    def check() -> tuple[int, str, str]:
-        if provider in ("azure-v1", "gce"):
-            return check_as_a_program(tool, cloud, options)
-        # For the rest a tenth of the time will do: what differs is only the provider.
-        return check_in_this_process(cloud, options, tmp_path / "state", capsys)
-
-    finished = [check() for _ in range(20)]
+    finished = [check(cloud, *options) for _ in range(20)]
     announced = syslogd.lines()
     cloud.heal()  # now nothing is planned
-    finished += [check() for _ in range(2)]
+    finished += [check(cloud, *options) for _ in range(2)]
 
     assert set(finished) == {(0, "", "")}
     incoming = [f"Incoming VM Event: {event}" for event in events]

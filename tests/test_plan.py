@@ -48,6 +48,11 @@ def words(action: Action) -> str:
     return " ".join(filter(None, [action.verb, action.event and action.event.id, action.note]))
 
 
+def begun(state: State, action: Action) -> State:
+    """The state while the action is performed: that a drain begins is recorded before it does."""
+    return state._replace(drained_for=action.event, draining=True) if action.verb == "drain" else state
+
+
 class Vm:
     """One VM's state, from check to check."""
 
@@ -65,10 +70,11 @@ class Vm:
         self.state = reduce(record, actions, self.state)
         return [words(action) for action in actions]
 
-    def check_killed_before(self, verb: str, *events: Event, at: float = 0) -> None:
-        """A check that ends where the action would be performed: a hook that fails, or a SIGKILL."""
+    def check_that_fails_at(self, verb: str, *events: Event, at: float = 0) -> None:
+        """A check that goes as far as this action and does not get it done: a hook that fails, or a SIGKILL."""
         for action in self.plan(*events, at=at):
             if action.verb == verb:
+                self.state = begun(self.state, action)
                 return
             self.state = record(self.state, action)
         pytest.fail(f"no {verb} was planned")
@@ -249,22 +255,52 @@ def test_without_a_drain_command_nothing_is_drained() -> None:
 def test_a_failed_drain_is_tried_again_as_long_as_it_is_wanted() -> None:
     vm = Vm()
     for _ in range(3):
-        vm.check_killed_before("drain", an_event(at=5))
+        vm.check_that_fails_at("drain", an_event(at=5))
     assert vm.check(an_event(at=5)) == ["drain e1"]
-    vm.check_killed_before("restore")
+    vm.check_that_fails_at("restore")
     assert vm.check() == ["restore e1"]
 
 
-def test_a_failed_drain_is_given_up_when_the_event_is_over() -> None:
+def test_a_failed_drain_is_undone_when_the_event_is_over_for_it_may_have_had_its_effect() -> None:
     vm = Vm()
-    vm.check_killed_before("drain", an_event(at=5))
+    vm.check_that_fails_at("drain", an_event(at=5))
+    assert vm.check() == ["over e1 cancelled", "restore e1"]
+    assert vm.check() == []
+
+
+def test_a_drain_that_was_cut_short_by_the_reboot_is_undone_after_it() -> None:
+    vm = Vm()
+    vm.check_that_fails_at("drain", ec2_event(at=10))
+    vm.boot = REBOOTED
+    assert vm.check(ec2_event(at=10), at=21)[-1] == "restore instance-event-1"
+
+
+def test_a_drain_that_was_cut_short_is_done_again_for_the_event_that_is_imminent_now() -> None:
+    vm = Vm()
+    vm.check_that_fails_at("drain", an_event("e1", at=5))
+    assert vm.check(an_event("e2", at=5)) == ["announced e2", "over e1 cancelled", "drain e2"]
+    assert vm.check(an_event("e2", at=5)) == []
+
+
+def test_with_a_doubt_a_drain_that_was_cut_short_is_done_again_and_not_undone() -> None:
+    vm = Vm()
+    vm.check_that_fails_at("drain", an_event(at=5))
+    assert vm.check(doubts=["refused"]) == ["unreachable refused", "drain e1"]
+
+
+def test_a_check_without_hooks_does_not_take_a_drained_vm_for_restored() -> None:
+    vm = Vm()
+    vm.check(an_event(at=5))
+    vm.rules = Rules()
     assert vm.check() == ["over e1 cancelled"]
+    vm.rules = DRAINS
+    assert vm.check() == ["restore e1"]
 
 
 def test_a_failed_restore_is_given_up_when_the_next_event_is_imminent() -> None:
     vm = Vm()
     vm.check(an_event("e1", at=5))
-    vm.check_killed_before("restore")
+    vm.check_that_fails_at("restore")
     assert vm.check(an_event("e2", at=5)) == ["announced e2"]
     assert vm.state.drained_for
 
@@ -426,13 +462,13 @@ def test_without_approve_nothing_is_approved() -> None:
 
 def test_nothing_is_approved_before_the_drain_has_succeeded() -> None:
     vm = Vm(APPROVES)
-    vm.check_killed_before("drain", an_event(at=10))
+    vm.check_that_fails_at("drain", an_event(at=10))
     assert vm.check(an_event(at=10)) == ["drain e1", "approve e1"]
 
 
 def test_a_failed_approval_is_tried_again() -> None:
     vm = Vm(APPROVES)
-    vm.check_killed_before("approve", an_event(at=10))
+    vm.check_that_fails_at("approve", an_event(at=10))
     assert vm.check(an_event(at=10)) == ["approve e1"]
 
 
@@ -583,9 +619,14 @@ def test_killed_after_any_action_the_next_run_goes_on_with_the_one_that_followed
         actions = planned(state, step, rules)
         for done in range(len(actions) + 1):
             assert planned(reduce(record, actions[:done], state), step, rules) == actions[done:]
+            if actions[done : done + 1]:
+                in_the_midst = begun(reduce(record, actions[:done], state), actions[done])
+                assert planned(in_the_midst, step, rules) == actions[done:]
         # Some runs are killed for real, and the service says something else at the next.
         survived = data.draw(st.integers(0, len(actions)), label="actions before the kill")
         state = reduce(record, actions[:survived], state)
+        if data.draw(st.booleans(), label="killed in the midst of the next"):
+            state = reduce(begun, actions[survived : survived + 1], state)
 
 
 @PROPERTY

@@ -246,7 +246,7 @@ def test_cut_short_it_restores_the_vm(number, moment, service, hooks, state) -> 
     after = hooks.folder / "drain-went-on"
     pid = hooks.folder / "pid"
     if moment == "while it drains":
-        hooks.write("drain", f"echo $$ >{pid}.new; mv {pid}.new {pid}; sleep 600; touch {after}")
+        hooks.write("drain", f"echo $$ >{pid}.new; mv {pid}.new {pid}; sleep 120; touch {after}")
     command = [sys.executable, "-u", str(TOOL), *arguments(azure, state, "--rehearse", *hooks.options)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout

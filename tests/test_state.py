@@ -212,7 +212,7 @@ def test_a_state_folder_that_others_may_write_is_not_used(service, check, state,
     state.chmod(0o777)
     done = check(azure, "--drain", hook(tmp_path / "drain", f"touch {tmp_path}/drained"))
     assert done.status == 4
-    assert f"{state} may be written by others (chmod go-w {state})" in done.err
+    assert f"{state} may be written by others" in done.err
     assert done.logged == ["State problem", "Incoming VM Event", "VM drained"]
     assert (tmp_path / "drained").exists()
     assert list(state.iterdir()) == []
@@ -226,7 +226,7 @@ def test_a_state_folder_of_another_user_is_not_used(service, check, state) -> No
     os.chown(state, 65534, -1)
     done = check(gce)
     assert done.status == 4
-    assert f"{state} belongs to another user (chown root {state})" in done.err
+    assert f"{state} belongs to another user" in done.err
 
 
 @pytest.mark.wire

@@ -145,6 +145,6 @@ def show(title: str, headings: Sequence[str], rows: Iterable[Sequence[object]]) 
 def finish(python: str, figures: dict[str, object]) -> None:
     """Prints the figures, with what they were measured on, as one line of JSON: the last."""
     code = "import platform, requests; print(platform.python_version(), requests.__version__)"
-    answer = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=True)
-    version, requests_version = answer.stdout.split()
-    print(json.dumps({"python": version, "requests": requests_version, "cpus": os.cpu_count(), **figures}))
+    answer = subprocess.run([python, "-I", "-c", code], capture_output=True, text=True, check=False)
+    versions = dict(zip(("python", "requests"), answer.stdout.split()))
+    print(json.dumps({**versions, "cpus": os.cpu_count(), **figures}))

@@ -203,7 +203,7 @@ def in_words(seconds: float) -> str:
 
 
 def summary(latencies: Sequence[float]) -> dict[str, float]:
-    most = quantiles(latencies, n=20)[-1] if len(latencies) > 1 else latencies[0]
+    most = quantiles(latencies, n=20, method="inclusive")[-1] if len(latencies) > 1 else latencies[0]
     return {"median": median(latencies), "19 of 20 within": most, "worst": max(latencies)}
 
 
