@@ -953,19 +953,18 @@ class Store:
         if reason:
             raise PermissionError(f"{reason}, or name another folder with --state")
         path = os.path.join(self.folder, "lock")
-        self.lock_file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+", encoding="ascii")
+        self.lock_file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o600), "r+b", buffering=0)
         give_up = time.monotonic() + patience
         while not lock_now(self.lock_file):
             self.lock_file.seek(0)
-            word = self.lock_file.read(32)
+            word = self.lock_file.read(32).decode("ascii", "replace")
             other_ends = float(word) if re.fullmatch(r"\d+\.\d+|inf", word) else 0.0
             if time.monotonic() >= give_up or other_ends > time.time() + patience:
                 return False
             time.sleep(0.1)
         self.lock_file.seek(0)
         self.lock_file.truncate()
-        self.lock_file.write(str(ends))
-        self.lock_file.flush()
+        self.lock_file.write(str(ends).encode())
         return True
 
     def load(self) -> State:
@@ -1250,6 +1249,11 @@ class Check:
         try:
             if not self.store.lock(ends, patience):
                 return False
+        except OSError as error:
+            self.state_problem(error)
+            if isinstance(error, PermissionError):  # what others may write is not believed
+                return True
+        try:  # also without the lock: on a disk that is full or read-only, what is known still counts
             try:
                 self.state = self.store.load()
             except ValueError as error:

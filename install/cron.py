@@ -175,10 +175,10 @@ def warn_if_cron_sleeps() -> None:
 
 
 def install(options: argparse.Namespace) -> int:
-    check_cron(options)
     if not options.user:
         registration.need_root(options, " (or, in your own crontab: add --user)")
         registration.check_alone(options)
+    check_cron(options)
     place, around = place_for(options), surroundings(options)
     crontab = read_crontab() if options.user else b""
     without_block(crontab)  # so that one that is broken is found before anything is done

@@ -34,6 +34,7 @@ import is_vm_in_maint  # noqa: E402 - it lies beside this folder, and is no pack
 NAME = "is-vm-in-maint"
 VERSION = is_vm_in_maint.__version__
 TOOL = ROOT / "is_vm_in_maint.py"
+windows_program = is_vm_in_maint.windows_program
 ON_WINDOWS = os.name == "nt"
 SYSTEM_PYTHON = Path("/usr/bin/python3")
 # What cron and systemd give a program, and so the trial too: no more of root's own environment.

@@ -170,8 +170,8 @@ def succeeds(*command: str) -> bool:
 
 
 def install(options: argparse.Namespace) -> int:
-    control = systemctl()
     registration.need_root(options)
+    control = systemctl()
     registration.check_alone(options)
     check_hooks(options)
     with Changes(options.dry_run) as changes:
@@ -216,8 +216,8 @@ def register(changes: Changes, control: str, files: dict[Path, str]) -> None:
 
 
 def uninstall(options: argparse.Namespace) -> int:
-    control = systemctl()
     registration.need_root(options)
+    control = systemctl()
     changes = Changes(options.dry_run)
     there = [path for path in (TIMER, SERVICE) if path.exists()]
     for path in there:

@@ -21,9 +21,8 @@ from xml.sax.saxutils import escape
 
 sys.dont_write_bytecode = True  # an administrator must not leave files of his in your copy of the project
 
-import is_vm_in_maint  # noqa: E402
 import registration  # noqa: E402
-from registration import Changes, Place, Surroundings, Trouble  # noqa: E402
+from registration import Changes, Place, Surroundings, Trouble, windows_program  # noqa: E402
 
 TASK = "IsVmInMaint"
 XML = "task.xml"  # in the tool's folder: what schtasks was given, to see whether it has changed
@@ -105,11 +104,6 @@ def task_xml(command: Sequence[str], options: argparse.Namespace, directory: Pat
 # ---- Windows -----------------------------------------------------------------------------------------
 
 
-def system_program(name: str) -> str:
-    """The path of a program that comes with Windows, never of one of the same name on the PATH."""
-    return is_vm_in_maint.windows_program(name)
-
-
 def folder_in(variable: str, default: str) -> Path:
     return Path(os.environ.get(variable, default)) / "IsVmInMaint"
 
@@ -120,7 +114,7 @@ def place() -> Place:
 
 def surroundings() -> Surroundings:
     """In what the Task Scheduler runs a program of SYSTEM; its variables are those of the machine."""
-    return Surroundings(Path(system_program("")), None)
+    return Surroundings(Path(windows_program("")), None)
 
 
 def is_elevated() -> bool:
@@ -150,7 +144,7 @@ def protect(changes: Changes, folder: Path, *, readable: bool) -> None:
     """
     if folder.exists() and folder.resolve() != folder:
         raise Trouble(f"{folder} is a link to {folder.resolve()}; see who made it, and remove it.")
-    icacls = system_program("icacls.exe")
+    icacls = windows_program("icacls.exe")
     changes.folder(folder)
     for words in (["/setowner", ADMINISTRATORS], ["/reset"]):
         changes.run(icacls, folder, *words, "/T", "/L", "/Q", counts=False)
@@ -176,7 +170,7 @@ def check_python() -> None:
 
 
 def task_exists() -> bool:
-    return registration.run([system_program("schtasks.exe"), "/Query", "/TN", TASK]).returncode == 0
+    return registration.run([windows_program("schtasks.exe"), "/Query", "/TN", TASK]).returncode == 0
 
 
 # ---- The actions -------------------------------------------------------------------------------------
@@ -199,7 +193,7 @@ def install(options: argparse.Namespace) -> int:
 
 def register(changes: Changes, path: Path, xml: bytes) -> None:
     """Has the Task Scheduler take the task, if it is not the one that it has."""
-    schtasks = system_program("schtasks.exe")
+    schtasks = windows_program("schtasks.exe")
     existed = task_exists()
     old = registration.read_file(path)
     create = [schtasks, "/Create", "/TN", TASK, "/XML", str(path), "/F"]
@@ -214,7 +208,7 @@ def uninstall(options: argparse.Namespace) -> int:
     need_elevation(options)
     changes = Changes(options.dry_run)
     if task_exists():
-        schtasks = system_program("schtasks.exe")
+        schtasks = windows_program("schtasks.exe")
         if not options.dry_run:
             registration.run([schtasks, "/End", "/TN", TASK])  # fails if it does not run
         changes.run(schtasks, "/Delete", "/TN", TASK, "/F")
@@ -224,7 +218,7 @@ def uninstall(options: argparse.Namespace) -> int:
 
 def status(_: argparse.Namespace) -> int:
     installed = registration.report(place())
-    asked = registration.run([system_program("schtasks.exe"), "/Query", "/TN", TASK, "/V", "/FO", "LIST"])
+    asked = registration.run([windows_program("schtasks.exe"), "/Query", "/TN", TASK, "/V", "/FO", "LIST"])
     if asked.returncode:
         print(f"Not registered: there is no task {TASK}; install it again.")
     else:

@@ -224,6 +224,17 @@ def test_an_unchanged_document_means_unchanged_events(vm: Vm) -> None:
     assert len(first.events) == 1
 
 
+@pytest.mark.parametrize("bad", ["[]", "", '{"Events": [{}]}', '{"Events": 7}'])
+def test_the_document_that_comes_back_after_a_bad_one_is_read_again(bad: str, vm: Vm) -> None:
+    provider = Azure(vm.service.url)
+    vm.service.announce()
+    first = provider.events()
+    vm.service.serve(EVENTS, bad)
+    assert provider.events().doubts
+    vm.service.heal()
+    assert provider.events() == first
+
+
 # ---- this VM's own events only -------------------------------------------------------------------------
 
 

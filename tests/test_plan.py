@@ -140,6 +140,12 @@ def test_an_event_that_is_put_off_after_it_started_is_moved() -> None:
     assert vm.check(an_event(at=600)) == ["moved e1", "restore e1"]
 
 
+def test_an_event_that_reads_scheduled_again_at_its_old_time_is_moved_once() -> None:
+    vm = Vm(Rules())
+    vm.check(an_event(at=60, status="started"))
+    assert [vm.check(an_event(at=60)) for _ in range(2)] == [["moved e1"], []]
+
+
 def test_a_time_that_can_be_read_no_more_moves_nothing() -> None:
     vm = Vm()
     vm.check(an_event(at=60))
@@ -409,6 +415,15 @@ def test_with_a_doubt_after_the_reboot_the_ec2_event_is_over_as_soon_as_the_doub
     assert vm.check(ec2_event(at=10), doubts=["half of it"], at=21) == ["unreachable half of it"]
     assert vm.check(ec2_event(at=10), at=26)[:2] == ["reachable", "over instance-event-1 ended"]
     assert vm.check(ec2_event(at=10), at=31) == []
+
+
+def test_an_ec2_event_that_a_new_tool_finds_is_not_taken_for_one_that_the_reboot_was() -> None:
+    vm = Vm()
+    vm.state = State()
+    late = ec2_event(at=-10_000_000)  # its time came before this boot, and it still reads active
+    assert vm.check(late, doubts=["half of it"])[:2] == ["unreachable half of it", "announced instance-event-1"]
+    assert vm.check(late) == ["reachable", "booted this-boot"]
+    assert vm.check(late) == []
 
 
 def test_an_event_of_another_cloud_that_is_listed_after_a_reboot_is_not_over() -> None:

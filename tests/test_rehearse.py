@@ -265,6 +265,7 @@ def test_cut_short_it_restores_the_vm(number, moment, service, hooks, state) -> 
     assert process.returncode == 130
     assert "Traceback" not in err
     assert not after.exists()
+    assert not pid.exists() or not Path(f"/proc/{pid.read_text().strip()}").exists()  # the drain does not go on
     assert not state.exists()
 
 

@@ -259,6 +259,35 @@ def test_with_a_state_that_cannot_be_written_an_event_is_logged_and_acted_on(ser
     assert (tmp_path / "drained").exists()
 
 
+@pytest.mark.wire
+@posix_only
+def test_a_vm_is_restored_though_its_state_can_only_be_read(service, check, state, tmp_path) -> None:
+    azure = service("azure")
+    event = azure.announce("Reboot")
+    hooks = ("--drain", hook(tmp_path / "drain", f"echo drain >>{tmp_path}/calls"))
+    hooks += ("--restore", hook(tmp_path / "restore", f"echo restore >>{tmp_path}/calls"))
+    check(azure, *hooks)
+    before = (state / "state.json").read_bytes()
+    (state / "lock").unlink()
+    (state / "lock").mkdir()  # root may write on all but full disks and read-only ones; this serves as well
+    assert check(azure, *hooks).logged == ["State problem"]
+    azure.end(event)
+    done = check(azure, *hooks)
+    assert (done.status, done.logged) == (4, ["State problem", "VM Event over", "VM restored"])
+    assert (tmp_path / "calls").read_text().split() == ["drain", "restore"]
+    assert (state / "state.json").read_bytes() == before
+
+
+@pytest.mark.wire
+@posix_only
+def test_a_state_that_others_could_write_is_not_believed(service, check, state) -> None:
+    gce = service("gce")
+    gce.announce("PREEMPTED")
+    check(gce)
+    state.chmod(0o777)
+    assert check(gce).logged == ["State problem", "Incoming VM Event"]
+
+
 def saved_state(service, check, state: Path) -> dict:
     check(service)
     return json.loads((state / "state.json").read_text())

@@ -1,8 +1,7 @@
-"""install/task_scheduler.py, with the schtasks.exe of Wine.
+"""install/task_scheduler.py, with programs that stand for those of Windows, and with Wine's schtasks.exe.
 
 Wine's knows /Create, /Change and /Delete, and writes the settings that it has understood to a file. So
-a task is shown here by that file, and that it exists by /Change. The commands of Windows lie in a
-folder of our own, as shell scripts that write down their arguments and call Wine.
+with Wine a task is shown by that file, and that it exists by /Change.
 """
 
 from __future__ import annotations
@@ -117,58 +116,56 @@ def test_arguments_survive_the_xml_and_the_command_line(words: list[str]) -> Non
     assert text(made, "Actions/Exec/Command") == "C:\\Program Files\\python.exe"
 
 
-# ---- Windows, as far as Wine is one ------------------------------------------------------------------
+# ---- Windows -----------------------------------------------------------------------------------------
 
-# Wine's own words do not matter, and it must not offer to download anything.
-QUIET = {"WINEDEBUG": "-all", "WINEDLLOVERRIDES": "mscoree,mshtml=", "DISPLAY": ""}
-# Stands for a program of Windows: writes down how it was called, and calls Wine's with Windows paths.
+# Stands for a program of Windows: writes down how it was called, and keeps the task in a file.
 PROGRAM = """\
 #!{python}
-import json, os, subprocess, sys
+import json, os, shutil, subprocess, sys
 name, words = os.path.basename(sys.argv[0]), sys.argv[1:]
 with open({log!r}, "a", encoding="utf-8") as file:
     print(json.dumps([name, *words]), file=file)
-if os.path.exists({refuse!r}) and "/Create" in words:
-    sys.exit("ERROR: Access is denied.")
-if "/Query" in words:  # of which Wine's knows nothing
-    words = ["/Change", *words[1:3], "/ENABLE"]
-words = ["Z:" + word.replace("/", chr(92)) if os.path.exists(word) else word for word in words]
-# Not to a pipe: Wine's own server would keep it open.
-sys.exit(subprocess.run(["wine", name, *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).returncode)
+if "/Create" in words:
+    if os.path.exists({refuse!r}):
+        sys.exit("ERROR: Access is denied.")
+    shutil.copy(words[words.index("/XML") + 1], {task!r})
+elif "/Query" in words or "/Delete" in words:
+    if not os.path.exists({task!r}):
+        sys.exit("ERROR: The system cannot find the file specified.")
+    if "/Delete" in words:
+        os.unlink({task!r})
 """
-
-
-@pytest.fixture(scope="module")
-def wine_prefix() -> Iterator[Path]:
-    """A fresh Windows of Wine's. It has hundreds of megabytes, so it is not kept in pytest's folders."""
-    wine, server = need("wine", "wine"), need("wineserver", "wine")
-    with tempfile.TemporaryDirectory(prefix="wine-", ignore_cleanup_errors=True) as folder:
-        silent = {
-            "env": {**os.environ, **QUIET, "WINEPREFIX": folder},
-            "stdout": subprocess.DEVNULL,
-            "stderr": subprocess.DEVNULL,
-        }
-        try:
-            subprocess.run([server, "--persistent"], check=True, **silent)
-            subprocess.run([wine, "cmd", "/c", "exit"], timeout=180, check=True, **silent)
-            yield Path(folder)
-        finally:
-            subprocess.run([server, "--kill"], check=False, **silent)
-            subprocess.run([server, "--wait"], timeout=60, check=False, **silent)
+# Calls Wine's program, with Windows paths.
+WINE_PROGRAM = """\
+#!{python}
+import os, subprocess, sys
+words = ["/Change", *sys.argv[2:], "/ENABLE"] if sys.argv[1] == "/Query" else sys.argv[1:]
+words = ["Z:" + word.replace("/", chr(92)) if os.path.exists(word) else word for word in words]
+program = "C:/windows/system32/" + os.path.basename(sys.argv[0])
+nothing = subprocess.DEVNULL  # not a pipe: Wine's services would keep it open
+sys.exit(subprocess.run([{wine!r}, program, *words], stdout=nothing, stderr=nothing, timeout=120).returncode)
+"""
 
 
 class Windows:
     """Folders and programs of Windows, in a folder of this machine."""
 
-    def __init__(self, root: Path, prefix: Path) -> None:
-        self.prefix, self.log, self.refuse = prefix, root / "log", root / "refuse"
+    def __init__(self, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.log, self.refuse, self.registered = root / "log", root / "refuse", root / "task"
         self.programs, self.data, self.system = root / "Program Files", root / "ProgramData", root / "Windows/System32"
         for folder in (self.programs, self.data, self.system):
             folder.mkdir(parents=True)
+        self.provide(PROGRAM, log=str(self.log), refuse=str(self.refuse), task=str(self.registered))
+        monkeypatch.setenv("SystemRoot", str(self.system.parent))
+        monkeypatch.setenv("ProgramFiles", str(self.programs))
+        monkeypatch.setenv("ProgramData", str(self.data))
+        monkeypatch.setattr(registration, "ON_WINDOWS", True)
+        monkeypatch.setattr(task_scheduler, "is_elevated", lambda: True)
+
+    def provide(self, program: str, **values: str) -> None:
         for name in ("schtasks.exe", "icacls.exe"):
-            program = self.system / name
-            program.write_text(PROGRAM.format(python=sys.executable, log=str(self.log), refuse=str(self.refuse)))
-            program.chmod(0o755)
+            (self.system / name).write_text(program.format(python=sys.executable, **values))
+            (self.system / name).chmod(0o755)
 
     def calls(self) -> list[list[str]]:
         """How the programs were called since this was last asked."""
@@ -176,34 +173,21 @@ class Windows:
         self.log.unlink(missing_ok=True)
         return [json.loads(line) for line in lines]
 
-    def task(self) -> dict[str, str | None]:
-        """The settings of the task as Wine has understood them; empty if there is no task."""
-        file = self.prefix / "drive_c/windows/system32/tasks" / task_scheduler.TASK
-        if not file.exists():
-            return {}
-        settings = ET.fromstring(file.read_bytes()).findall("Settings/*", NAMESPACE)
-        return {setting.tag.partition("}")[2]: setting.text for setting in settings}
+    def task(self) -> ET.Element | None:
+        """The task as it was registered."""
+        return ET.fromstring(self.registered.read_bytes().decode("utf-16")) if self.registered.exists() else None
 
-    def files(self) -> set[Path]:
-        return {path for folder in (self.programs, self.data) for path in folder.rglob("*")}
+    def files(self) -> dict[Path, bytes]:
+        paths = [path for folder in (self.programs, self.data) for path in folder.rglob("*")]
+        return {path: path.read_bytes() if path.is_file() else b"" for path in paths}
 
 
 @pytest.fixture
-def windows(wine_prefix: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Windows]:
+def windows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Windows:
     """Has the installer take this machine for Windows, and itself for elevated."""
-    windows = Windows(tmp_path, wine_prefix)
-    variables = {
-        "WINEPREFIX": str(wine_prefix),
-        "SystemRoot": str(windows.system.parent),
-        "ProgramFiles": str(windows.programs),
-        "ProgramData": str(windows.data),
-    }
-    for name, value in {**QUIET, **variables}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(registration, "ON_WINDOWS", True)
-    monkeypatch.setattr(task_scheduler, "is_elevated", lambda: True)
-    yield windows
-    task_scheduler.main(["uninstall", "--purge"])
+    if os.name == "nt":
+        pytest.skip("here it is Windows itself that would be asked, and changed")
+    return Windows(tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -213,31 +197,17 @@ def tool_options(service: Callable[..., MetadataService]) -> list[str]:
     return ["--provider", "azure", "--endpoint", service("azure").url, "--drain", hook, "--restore", hook]
 
 
-def test_install_registers_a_task_that_the_task_scheduler_accepts_and_shows(
-    windows: Windows, tool_options: list[str]
-) -> None:
-    assert task_scheduler.main(["install", "--interval", "10", "--", *tool_options]) == 0
-    assert {
-        "MultipleInstancesPolicy": "IgnoreNew",
-        "DisallowStartIfOnBatteries": "false",
-        "StopIfGoingOnBatteries": "false",
-        "StartWhenAvailable": "true",
-        "ExecutionTimeLimit": "PT15M",
-    }.items() <= windows.task().items()
-    assert task_scheduler.task_exists()
-
-
 def test_what_is_registered_runs_the_copy_with_the_very_arguments_that_were_given(
     windows: Windows, tool_options: list[str]
 ) -> None:
     assert task_scheduler.main(["install", "--", *tool_options]) == 0
-    folder = windows.programs / "IsVmInMaint"
-    made = ET.fromstring((folder / "task.xml").read_bytes().decode("utf-16"))
+    made = windows.task()
+    assert made is not None
     program, line = text(made, "Actions/Exec/Command"), text(made, "Actions/Exec/Arguments")
     assert program
     assert line
     arguments = windows_command_line.split_arguments(line)
-    assert arguments == ["-Es", str(folder / "run.py"), *tool_options]
+    assert arguments == ["-Es", str(windows.programs / "IsVmInMaint" / "run.py"), *tool_options]
     run = subprocess.run([program, *arguments, "--json"], capture_output=True, text=True, check=False)
     assert json.loads(run.stdout)["instance"]["name"] == "web-1"
 
@@ -271,8 +241,8 @@ def test_windows_is_asked_in_exactly_these_words(windows: Windows, tool_options:
 def test_uninstall_leaves_nothing(windows: Windows, tool_options: list[str]) -> None:
     assert task_scheduler.main(["install", "--", *tool_options]) == 0
     assert task_scheduler.main(["uninstall"]) == 0
-    assert windows.task() == {}
-    assert windows.files() == set()
+    assert windows.task() is None
+    assert windows.files() == {}
     assert task_scheduler.main(["status"]) == 1
 
 
@@ -286,7 +256,9 @@ def test_installing_twice_changes_nothing_and_another_interval_replaces_the_task
     assert "Nothing to change" in capsys.readouterr().out
     assert not [call for call in windows.calls() if "/Create" in call]
     assert task_scheduler.main(["install", "--interval", "30", "--no-gap", "--", *tool_options]) == 0
-    assert windows.task()["ExecutionTimeLimit"] == "PT45M"
+    made = windows.task()
+    assert made is not None
+    assert text(made, "Triggers/TimeTrigger/Repetition/Interval") == "PT30M"
     assert task_scheduler.main(["status"]) == 0
 
 
@@ -296,17 +268,17 @@ def test_a_task_that_is_refused_is_taken_back_whole(
     windows.refuse.touch()
     assert task_scheduler.main(["install", "--", *tool_options]) == 1
     assert "Access is denied" in capsys.readouterr().err
-    assert windows.files() == set()
-    assert windows.task() == {}
+    assert windows.files() == {}
+    assert windows.task() is None
 
 
 def test_an_upgrade_that_is_refused_leaves_the_old_task(windows: Windows, tool_options: list[str]) -> None:
     assert task_scheduler.main(["install", "--", *tool_options]) == 0
-    before = {path: path.read_bytes() for path in windows.files() if path.is_file()}
+    files, registered = windows.files(), windows.registered.read_bytes()
     windows.refuse.touch()
     assert task_scheduler.main(["install", "--interval", "30", "--", *tool_options]) == 1
-    assert {path: path.read_bytes() for path in windows.files() if path.is_file()} == before
-    assert windows.task()["ExecutionTimeLimit"] == "PT15M"
+    assert windows.files() == files
+    assert windows.registered.read_bytes() == registered
 
 
 def test_a_wrong_option_registers_nothing(
@@ -314,8 +286,8 @@ def test_a_wrong_option_registers_nothing(
 ) -> None:
     assert task_scheduler.main(["install", "--", *tool_options, "--drain", "no-such-program"]) == 1
     assert "no-such-program: not found" in capsys.readouterr().err
-    assert windows.files() == set()
-    assert windows.task() == {}
+    assert windows.files() == {}
+    assert windows.task() is None
 
 
 def test_dry_run_prints_the_task_and_every_command_and_does_nothing(
@@ -326,9 +298,8 @@ def test_dry_run_prints_the_task_and_every_command_and_does_nothing(
     said = capsys.readouterr().out
     assert "<MultipleInstancesPolicy>IgnoreNew</MultipleInstancesPolicy>" in said
     assert 'schtasks.exe" /Create' in said or "schtasks.exe /Create" in said
-    assert windows.files() == set()
+    assert windows.files() == {}
     assert all("/Query" in call for call in windows.calls())
-    monkeypatch.setattr(task_scheduler, "is_elevated", lambda: True)
 
 
 @pytest.mark.parametrize("action", ["install", "uninstall"])
@@ -339,7 +310,6 @@ def test_a_prompt_that_is_not_elevated_is_told_so(
     assert task_scheduler.main([action]) == 1
     assert "'Run as administrator'" in capsys.readouterr().err
     assert windows.calls() == []
-    monkeypatch.setattr(task_scheduler, "is_elevated", lambda: True)
 
 
 def test_a_state_folder_that_is_a_link_is_refused(
@@ -348,7 +318,6 @@ def test_a_state_folder_that_is_a_link_is_refused(
     (windows.data / "IsVmInMaint").symlink_to(tmp_path, target_is_directory=True)
     assert task_scheduler.main(["install", "--", *tool_options]) == 1
     assert "is a link to" in capsys.readouterr().err
-    (windows.data / "IsVmInMaint").unlink()
 
 
 def test_the_python_of_the_store_is_refused(
@@ -368,22 +337,72 @@ def test_a_python_in_a_users_own_folders_is_warned_of(
     assert "install Python for all users" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(("right", "wrong"), [("<Exec>", "<Exe>"), ("<Triggers>", "<Trigger>"), ("</Task>", "")])
-def test_this_task_scheduler_does_not_accept_just_anything(
-    windows: Windows, tmp_path: Path, right: str, wrong: str
-) -> None:
-    xml = task_scheduler.task_xml(["python.exe"], options(tool=[]), Path("C:\\Windows")).decode("utf-16")
-    path = tmp_path / "wrong.xml"
-    path.write_bytes(
-        xml.replace(right, wrong).replace(right.replace("<", "</"), wrong.replace("<", "</")).encode("utf-16")
-    )
-    create = [str(windows.system / "schtasks.exe"), "/Create", "/TN", "Wrong", "/XML", str(path), "/F"]
-    assert subprocess.run(create, check=False).returncode != 0
-
-
 @pytest.mark.skipif(os.name == "nt", reason="this is Windows")
 def test_elsewhere_it_names_the_other_installers() -> None:
     script = ROOT / "install" / "task_scheduler.py"
     refused = subprocess.run([sys.executable, script, "install"], capture_output=True, text=True, check=False)
     assert refused.returncode == 1
     assert "install/cron.py" in refused.stderr
+
+
+# ---- Wine --------------------------------------------------------------------------------------------
+
+
+def wine_program() -> str:
+    """Wine itself, and not Debian's script around it, which looks for a 32-bit one first."""
+    script = need("wine", "wine")
+    found = "/usr/lib/wine/wine64"
+    return found if os.access(found, os.X_OK) else script
+
+
+@pytest.fixture
+def wine(windows: Windows, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Has Wine's programs do the work; its folder C:\\windows.
+
+    A Windows of Wine's has hundreds of megabytes, so it is not kept in pytest's folders.
+    """
+    program, server = wine_program(), need("wineserver", "wine")
+    silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    monkeypatch.setenv("WINEDEBUG", "-all")
+    monkeypatch.setenv("WINEDLLOVERRIDES", "mscoree,mshtml=")  # or it would offer to download them
+    monkeypatch.delenv("DISPLAY", raising=False)
+    with tempfile.TemporaryDirectory(prefix="wine-", ignore_cleanup_errors=True) as folder:
+        monkeypatch.setenv("WINEPREFIX", folder)
+        try:
+            subprocess.run([server, "--persistent"], check=True, **silent)
+            subprocess.run([program, "cmd", "/c", "exit"], timeout=240, check=True, **silent)
+            windows.provide(WINE_PROGRAM, wine=program)
+            yield Path(folder) / "drive_c" / "windows"
+        finally:
+            subprocess.run([server, "--kill"], check=False, **silent)
+            subprocess.run([server, "--wait"], timeout=60, check=False, **silent)
+
+
+def test_wines_task_scheduler_accepts_shows_and_deletes_the_task(
+    windows: Windows, wine: Path, tool_options: list[str], tmp_path: Path
+) -> None:
+    """One test, because a Windows takes Wine a quarter of a minute."""
+    assert not task_scheduler.task_exists()
+    for interval, limit in (("10", "PT25M"), ("30", "PT45M")):  # the second replaces the first
+        assert task_scheduler.main(["install", "--no-gap", "--interval", interval, "--", *tool_options]) == 0
+        assert task_scheduler.task_exists()
+        shown = ET.fromstring((wine / "system32/tasks/IsVmInMaint").read_bytes())
+        wanted = {
+            "MultipleInstancesPolicy": "IgnoreNew",
+            "DisallowStartIfOnBatteries": "false",
+            "StopIfGoingOnBatteries": "false",
+            "StartWhenAvailable": "true",
+            "ExecutionTimeLimit": limit,
+        }
+        assert {name: text(shown, f"Settings/{name}") for name in wanted} == wanted
+    assert task_scheduler.main(["uninstall", "--purge"]) == 0
+    assert not task_scheduler.task_exists()
+    assert not (wine / "system32/tasks/IsVmInMaint").exists()
+    assert windows.files() == {}
+
+    # And it does not accept just anything.
+    broken = tmp_path / "broken.xml"
+    xml = task_scheduler.task_xml(["python.exe"], options(tool=[]), Path("C:\\Windows")).decode("utf-16")
+    broken.write_bytes(xml.replace("</Exec>", "</Exe>").encode("utf-16"))
+    create = [str(windows.system / "schtasks.exe"), "/Create", "/TN", "Broken", "/XML", str(broken), "/F"]
+    assert subprocess.run(create, check=False).returncode != 0

@@ -44,7 +44,6 @@ def ways(python: str, service: MetadataService, home: Path) -> dict[str, list[st
         BASELINE: [python, "-c", GET.format(url=key)],
         BY_PATH: [python, str(home / common.TOOL.name), *options],
         "the same as installed (-m)": installed,
-        "the same as a .pyc (-I)": [python, "-I", str(next(home.glob("__pycache__/*.pyc"))), *options],
     }
     if service.provider == "azure-v1" and all(map(shutil.which, ("bash", "curl", "grep", "logger"))):
         commands[SEED] = ["bash", "-c", SHELL, "bash", key, str(home / "log")]
@@ -114,4 +113,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

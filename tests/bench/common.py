@@ -12,7 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -49,6 +49,14 @@ def parse(description: str | None, **numbers: tuple[float, str]) -> argparse.Nam
         if getattr(options, name) <= 0:
             parser.error(f"--{name} must be more than 0")
     return options
+
+
+def run(main: Callable[[], None]) -> None:
+    """Runs a benchmark; Ctrl-C ends it without a traceback."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
 
 
 class Cost(NamedTuple):

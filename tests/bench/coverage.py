@@ -16,9 +16,10 @@ import os
 import random
 import signal
 import sys
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from datetime import datetime, timezone
 from email.utils import formatdate
+from itertools import product
 from statistics import median
 from typing import Any, NamedTuple
 from urllib.parse import parse_qs
@@ -191,11 +192,15 @@ def time_left(way: str, world: World) -> float:
         return 0.0
 
 
+def prepare_worker() -> None:
+    """Makes a process in which the tool can be run again and again."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a word
+    signal.signal = lambda *_: None  # type: ignore[assignment]  # --watch would keep Ctrl-C for itself
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until it ends; on a terminal the tool would count down
+
+
 def some(notice: Notice, way: str, seed: str, events: int) -> list[float]:
     """The time left of so many events, each in a world of its own."""
-    # On a terminal the tool would count down, and its --watch would keep Ctrl-C for itself.
-    sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - until this process ends
-    signal.signal = lambda *_: None  # type: ignore[assignment]
     chance = random.Random(seed)
     # Anywhere between two of cron's minutes; --watch has no minutes, so within one is as good.
     span = 60.0 if way == WATCH else CRON
@@ -203,35 +208,43 @@ def some(notice: Notice, way: str, seed: str, events: int) -> list[float]:
 
 
 def words(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 120 else f"{int(seconds // 60)} min {seconds % 60:.0f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes > 1 else f"{round(seconds)} s"
+
+
+def measure(events: int) -> dict[tuple[Notice, str], list[float]]:
+    """The time left of each event, for each notice and each way; on all processors."""
+    with ProcessPoolExecutor(initializer=prepare_worker) as pool:
+        parts: dict[tuple[Notice, str], list[Future[list[float]]]] = {}
+        for notice, way in product(NOTICES, WAYS):
+            counts = [CHUNK] * (events // CHUNK) + [events % CHUNK]
+            seeds = [f"{notice.name} {way} {number}" for number in range(len(counts))]  # the same in every run
+            parts[notice, way] = [pool.submit(some, notice, way, *each) for each in zip(seeds, counts)]
+        try:
+            return {key: [left for part in found for left in part.result()] for key, found in parts.items()}
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def main() -> None:
     options = common.parse(__doc__, events=(10_000, "events for each figure"))
+    found = measure(options.events)
     figures: dict[str, object] = {"events": options.events}
     rows = []
-    with ProcessPoolExecutor() as pool:
-        tasks = {}
-        for notice in NOTICES:
-            for way in WAYS:
-                counts = [CHUNK] * (options.events // CHUNK) + [options.events % CHUNK]
-                tasks[notice, way] = [
-                    pool.submit(some, notice, way, f"{notice.name} {way} {number}", count)
-                    for number, count in enumerate(counts)
-                ]
-        for notice in NOTICES:
-            cells = []
-            for way in WAYS:
-                left = [seconds for task in tasks[notice, way] for seconds in task.result()]
-                seen = [seconds for seconds in left if seconds > 0]
-                middle = median(seen) if seen else 0.0
-                figures[f"{notice.name}, {way}"] = {"seen": len(seen) / len(left), "median_seconds_left": middle}
-                cells.append(f"{len(seen) / len(left):.1%}, {words(middle)}")
-            rows.append((f"{notice.name} ({notice.provider}, {notice.what})", *cells))
+    for notice in NOTICES:
+        cells = []
+        for way in WAYS:
+            left = found[notice, way]
+            seen = [seconds for seconds in left if seconds > 0]
+            share, middle = len(seen) / len(left), median(seen or [0.0])
+            figures[f"{notice.name}, {way}"] = {"seen": share, "median_seconds_left": round(middle, 2)}
+            cells.append(f"{share:.1%}, {words(middle)}")
+        rows.append((f"{notice.name} ({notice.provider}, {notice.what})", *cells))
     title = f"Share of {options.events:,} notices seen before the event begins, median time left of those"
     common.show(title, ("notice", *WAYS), rows)
     common.finish(sys.executable, figures)
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)

@@ -18,9 +18,9 @@ import select
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from statistics import median, quantiles
@@ -31,9 +31,9 @@ from metadata_service import MetadataService
 
 LIMIT = 150.0  # seconds without a sign of the hook, after which something is wrong
 PAUSE = {"gce": 0.5, "azure": 1.0}  # an event comes at a random moment within so many seconds
-LANES = {"gce": 1, "azure": 4}  # azure takes two seconds an event: several at a time
+LANES = 4  # of azure, that takes two seconds an event
 TYPE = {"gce": "MIGRATE_ON_HOST_MAINTENANCE", "azure": "Reboot"}
-TOOL, LONG_POLL, EVERY_MINUTE = "--watch", "long-poll loop", "poll every 60 s"
+TOOL, LONG_POLL, POLLING = "--watch", "long-poll loop", "poll every {} s"
 
 HOOK = """\
 #!/bin/sh
@@ -58,16 +58,17 @@ while True:
 
 POLLING_LOOPS = """
 import random, subprocess, sys, threading, time, requests
-hook, signs, *urls = sys.argv[1:]
+pause, hook, signs, *urls = sys.argv[1:]
+pause = int(pause)
 headers = {"Metadata": "true", "Metadata-Flavor": "Google"}
 
 def poll(number, url):
-    time.sleep(60 * (number + random.random()) / len(urls))
+    time.sleep(pause * (number + random.random()) / len(urls))
     while True:
         text = requests.get(url, headers=headers).text
         if text != "NONE" and '"Events": []' not in text:
             return subprocess.run([hook, str(number), signs])
-        time.sleep(60)
+        time.sleep(pause)
 
 for number, url in enumerate(urls):
     threading.Thread(target=poll, args=(number, url)).start()
@@ -89,27 +90,29 @@ class Signs:
         self._pipe = os.open(path, os.O_RDWR)
         self._lines = b""
 
-    def next(self) -> tuple[str, float]:
-        """Waits for the next word and says when it came."""
-        if b"\n" not in self._lines:
-            if not select.select([self._pipe], [], [], LIMIT)[0]:
-                raise TimeoutError(f"no hook within {LIMIT:.0f} s: see above for what the program said")
-            self._lines += os.read(self._pipe, 4096)
+    def next(self, process: subprocess.Popen[bytes]) -> tuple[str, float]:
+        """Waits for the next word, as long as this program lives, and says when it came."""
+        began = time.monotonic()
+        while b"\n" not in self._lines:
+            if select.select([self._pipe], [], [], 0.5)[0]:
+                self._lines += os.read(self._pipe, 4096)
+            elif time.monotonic() > began + LIMIT or process.poll() is not None:
+                sys.exit("the hook was not run; see above for what the program said")
         line, _, self._lines = self._lines.partition(b"\n")
         return line.decode(), time.monotonic()
 
-    def expect(self, word: str) -> float:
-        said, at = self.next()
+    def expect(self, word: str, process: subprocess.Popen[bytes]) -> float:
+        said, at = self.next(process)
         if said != word:
-            raise RuntimeError(f"the hook said {said!r} when {word!r} was expected")
+            sys.exit(f"the hook said {said!r} when {word!r} was expected")
         return at
 
 
-def wait_for_first_request(service: MetadataService) -> None:
+def wait_for_first_request(service: MetadataService, process: subprocess.Popen[bytes]) -> None:
     began = time.monotonic()
     while not service.requests:
-        if time.monotonic() > began + LIMIT:
-            raise TimeoutError("the program asks for nothing: see above for what it said")
+        if time.monotonic() > began + LIMIT or process.poll() is not None:
+            sys.exit("the program asks for nothing; see above for what it said")
         time.sleep(0.05)
 
 
@@ -125,60 +128,36 @@ def one_by_one(kind: str, provider: str, python: str, home: Path, events: int) -
             command = [python, "-c", LONG_POLL_LOOP, key(service), hook, signs.path]
         process = subprocess.Popen(command, cwd=home, env=common.quiet_environment())
         try:
-            wait_for_first_request(service)
+            wait_for_first_request(service, process)
             for _ in range(events):
                 time.sleep(random.uniform(0, PAUSE[provider]))
                 began = time.monotonic()
                 event = service.announce(TYPE[provider], not_before=600.0 if provider == "azure" else None)
-                found.append(signs.expect("drain") - began)
+                found.append(signs.expect("drain", process) - began)
                 service.end(event)
-                signs.expect("restore")
+                signs.expect("restore", process)
         finally:
             common.stop(process)
     return found
 
 
-def all_at_once(provider: str, python: str, home: Path, events: int) -> list[float]:
-    """The same of so many loops that poll every minute, each with a service and an event of its own."""
+def all_at_once(pause: int, provider: str, python: str, home: Path, events: int) -> list[float]:
+    """The same of so many loops that poll every so many seconds, each with a service and an event of its own."""
     signs = Signs(Path(tempfile.mkdtemp(dir=home)) / "signs")
     with ExitStack() as stack:
         services = [stack.enter_context(MetadataService(provider)) for _ in range(events)]
-        command = [python, "-c", POLLING_LOOPS, str(home / "hook"), signs.path, *map(key, services)]
+        command = [python, "-c", POLLING_LOOPS, str(pause), str(home / "hook"), signs.path, *map(key, services)]
         process = subprocess.Popen(command, cwd=home)
         try:
-            wait_for_first_request(services[0])
+            wait_for_first_request(services[0], process)
             began = []
             for service in services:
                 began.append(time.monotonic())
                 service.announce(TYPE[provider], not_before=600.0 if provider == "azure" else None)
-            heard = [signs.next() for _ in services]
+            heard = [signs.next(process) for _ in services]
         finally:
             common.stop(process)
     return [at - began[int(number)] for number, at in heard]
-
-
-class Lane(threading.Thread):
-    """Measures in the background; what goes wrong there is raised when its figures are wanted."""
-
-    def __init__(self, kind: str, provider: str, python: str, home: Path, events: int) -> None:
-        super().__init__(daemon=True)
-        self.kind, self.provider = kind, provider
-        self._work = (provider, python, home, events)
-        self._error: BaseException | None = None
-        self._found: list[float] = []
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self._found = all_at_once(*self._work) if self.kind == EVERY_MINUTE else one_by_one(self.kind, *self._work)
-        except BaseException as error:
-            self._error = error
-
-    def latencies(self) -> list[float]:
-        self.join()
-        if self._error:
-            raise self._error
-        return self._found
 
 
 def shares(events: int, lanes: int) -> list[int]:
@@ -186,15 +165,17 @@ def shares(events: int, lanes: int) -> list[int]:
     return [share for share in (events // lanes + (lane < events % lanes) for lane in range(lanes)) if share]
 
 
-def measure(python: str, home: Path, events: int) -> dict[tuple[str, str], list[float]]:
-    found: dict[tuple[str, str], list[float]] = {}
+def measure(python: str, home: Path, events: int, pause: int) -> dict[str, list[float]]:
+    """The latencies of each, by the name that it has in the table."""
+    found: dict[str, list[float]] = {}
     # First what is compared by milliseconds, each alone; then what takes seconds, together.
     for kind in (LONG_POLL, TOOL):
-        found["gce", kind] = Lane(kind, "gce", python, home, events).latencies()
-    lanes = [Lane(TOOL, "azure", python, home, share) for share in shares(events, LANES["azure"])]
-    lanes += [Lane(EVERY_MINUTE, provider, python, home, events) for provider in TYPE]
-    for lane in lanes:
-        found.setdefault((lane.provider, lane.kind), []).extend(lane.latencies())
+        found[f"gce {kind}"] = one_by_one(kind, "gce", python, home, events)
+    with ThreadPoolExecutor(LANES + len(TYPE)) as pool:
+        watches = [pool.submit(one_by_one, TOOL, "azure", python, home, share) for share in shares(events, LANES)]
+        polls = {provider: pool.submit(all_at_once, pause, provider, python, home, events) for provider in TYPE}
+        found[f"azure {TOOL}"] = [latency for watch in watches for latency in watch.result()]
+        found.update({f"{provider} {POLLING.format(pause)}": poll.result() for provider, poll in polls.items()})
     return found
 
 
@@ -208,7 +189,9 @@ def summary(latencies: Sequence[float]) -> dict[str, float]:
 
 
 def main() -> None:
-    options = common.parse(__doc__, events=(100, "events for each"))
+    options = common.parse(
+        __doc__, events=(100, "events for each"), every=(60, "seconds between two polls of the loops that poll")
+    )
     if os.name != "posix":
         sys.exit("This needs a Unix, where there are named pipes.")
     python = common.find_python()
@@ -217,17 +200,17 @@ def main() -> None:
         common.install(python, home)
         (home / "hook").write_text(HOOK)
         (home / "hook").chmod(0o755)
-        found = measure(python, home, options.events)
+        found = measure(python, home, options.events, options.every)
     figures: dict[str, object] = {}
     rows = []
-    for (provider, kind), latencies in sorted(found.items()):
+    for name, latencies in sorted(found.items()):
         summed = summary(latencies)
-        figures[f"{provider} {kind}"] = {"events": len(latencies), **{k: round(v, 4) for k, v in summed.items()}}
-        rows.append((f"{provider}, {kind}", len(latencies), *map(in_words, summed.values())))
+        figures[name] = {"events": len(latencies), **{key: round(value, 4) for key, value in summed.items()}}
+        rows.append((name.replace(" ", ", ", 1), len(latencies), *map(in_words, summed.values())))
     headings = ("", "events", "median", "19 of 20 within", "worst")
     common.show("From the metadata changing to the drain hook's first instruction", headings, rows)
     common.finish(python, figures)
 
 
 if __name__ == "__main__":
-    main()
+    common.run(main)
