@@ -147,6 +147,10 @@ action(type="omfile" file="{output}" template="fields")
         deadline = time.monotonic() + timeout
         while not Path(self.socket).exists():
             self._check(deadline, "has not made its socket")
+        # Its UDP port is open a moment later, and what is sent there before is lost: ask until it answers.
+        while not any(line.text.startswith("udp ") for line in self._written()):
+            self._send_marks()
+            self._check(deadline, "has not opened its UDP port")
         self.lines(timeout=timeout)
 
     def stop(self) -> None:

@@ -28,7 +28,7 @@ class Proof(NamedTuple):
 
 # A laboratory is set up once for all its tests; in a parallel run they stay together.
 @pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(f"masking-{name}")) for name in SET_UPS]
+    scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group("masking")) for name in SET_UPS]
 )
 def proof(request: pytest.FixtureRequest) -> Proof:
     programs = Programs(need("haproxy", "haproxy"), need("nginx", "nginx-light"), sys.executable)
