@@ -321,11 +321,18 @@ def record(place: Place) -> dict[str, Any]:
     return {}
 
 
-def candidates() -> list[Path]:
-    """The Pythons that nobody else can change, the system's own first: it stays, and it gets upgrades."""
-    found = [] if ON_WINDOWS else [SYSTEM_PYTHON]
-    found.append(Path(sys.executable))
-    return [python for python in dict.fromkeys(found) if python.exists() and not others_can_change(python)]
+def candidates(modules: str) -> list[Path]:
+    """The Pythons, new enough and with these modules, that nobody else can change.
+
+    The system's own comes first: it stays, and it gets upgrades.
+    """
+    code = f"import sys, {modules}; sys.exit(sys.version_info < (3, 9))"
+    pythons = dict.fromkeys([*([] if ON_WINDOWS else [SYSTEM_PYTHON]), Path(sys.executable)])
+    return [
+        python
+        for python in pythons
+        if not others_can_change(python) and environment.run(python, "-I", "-c", code).returncode == 0
+    ]
 
 
 def others_can_change(python: Path) -> bool:
@@ -342,11 +349,7 @@ def others_can_change(python: Path) -> bool:
 
 def find_python() -> Path | None:
     """A Python that can run the tool as it is; None if it needs a virtual environment."""
-    code = "import sys, requests; sys.exit(sys.version_info < (3, 9))"
-    for python in candidates():
-        if environment.run(python, "-I", "-c", code).returncode == 0:
-            return python
-    return None
+    return next(iter(candidates("requests")), None)
 
 
 def make_environment(changes: Changes, venv: Path) -> None:
@@ -355,13 +358,12 @@ def make_environment(changes: Changes, venv: Path) -> None:
     Raises:
         Trouble: with what to do about it.
     """
-    code = "import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 9))"
-    able = [python for python in candidates() if environment.run(python, "-I", "-c", code).returncode == 0]
-    base = next(iter(able or candidates()), None)
+    base = next(iter(candidates("ensurepip, venv") or candidates("sys")), None)
     if base is None:
         raise Trouble(
-            f"{sys.executable} can be changed by others than root, who must not run it, and {SYSTEM_PYTHON} is "
-            "missing; install the system's Python 3.9 or newer."
+            f"there is no Python that may run the tool: {SYSTEM_PYTHON} is missing or older than 3.9, and others "
+            f"than you can change {sys.executable}, or it lies in a folder where all may write. Install Python 3.9 or "
+            "newer, for all users, and start this with it."
         )
     before = read_file(venv / environment.MARK)
     try:

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -233,13 +234,18 @@ def test_where_none_can_be_made_nothing_is_left_and_it_says_what_to_install(
     assert machine.files() == before
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has access lists instead")
 def test_a_python_that_others_can_change_or_that_lies_in_tmp_is_none_for_root(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     python = tmp_path / "python"
-    shutil.copy(sys.executable, python)
+    python.symlink_to(sys.executable)
     monkeypatch.setattr(sys, "executable", str(python))
-    assert python not in registration.candidates()
+    monkeypatch.setattr(registration, "others_can_change", lambda python: False)
+    assert python in registration.candidates("sys")
+    monkeypatch.undo()
+    monkeypatch.setattr(sys, "executable", str(python))
+    assert python not in registration.candidates("sys")
 
 
 # ---- The trial ---------------------------------------------------------------------------------------
@@ -303,9 +309,9 @@ def test_an_upgrade_that_fails_its_trial_leaves_the_old_one(
     assert machine.run(*command(machine), "--json").returncode == 0
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
 def test_an_installer_that_is_stopped_takes_all_back(
-    machine: PrivateMachine, azure: MetadataService, number: signal.Signals
+    machine: PrivateMachine, azure: MetadataService, name: str
 ) -> None:
     azure.fail("hang")
     before = machine.files()
@@ -315,7 +321,7 @@ def test_an_installer_that_is_stopped_takes_all_back(
     while not azure.requests:
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(installer.pid, number)  # as the terminal does
+    os.killpg(installer.pid, getattr(signal, name))  # as the terminal does
     assert installer.wait(30) != 0
     assert machine.files() == before
 
@@ -420,15 +426,15 @@ def test_wrong_usage_is_told_in_words_and_has_status_2(arguments: list[str], wor
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs Linux and another user")
 @pytest.mark.parametrize("script", ["cron.py", "systemd.py"])
-def test_without_root_it_says_how_to_get_it(script: str, tmp_path: Path) -> None:
+def test_without_root_it_says_how_to_get_it(script: str) -> None:
     as_nobody = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups"] if os.geteuid() == 0 else []
-    tool = shutil.copytree(ROOT / "install", tmp_path / "install")
-    shutil.copy(ROOT / "is_vm_in_maint.py", tmp_path)
-    for folder in [tool, *tool.parents][:4]:
-        folder.chmod(0o755)
-    python = registration.SYSTEM_PYTHON if registration.SYSTEM_PYTHON.exists() else sys.executable
-    words = [*as_nobody, python, tool / script, "install"]
-    refused = subprocess.run(words, capture_output=True, text=True, check=False)
+    # Not in tmp_path, which nobody else may enter.
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "install", Path(folder) / "install")
+        shutil.copy(ROOT / "is_vm_in_maint.py", folder)
+        Path(folder).chmod(0o755)
+        words = [*as_nobody, registration.SYSTEM_PYTHON, Path(folder) / "install" / script, "install"]
+        refused = subprocess.run(words, capture_output=True, text=True, check=False)
     assert refused.returncode == 1
     assert f"this needs root: sudo python3 install/{script} install" in refused.stderr
 
