@@ -25,7 +25,7 @@ pytestmark = pytest.mark.wire
 
 # A slow machine is no failure; the services and the folder are meant to outlive an example.
 SUPPRESSED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
-PROPERTY = settings(deadline=None, max_examples=50, suppress_health_check=SUPPRESSED)
+PROPERTY = settings(deadline=None, max_examples=30, suppress_health_check=SUPPRESSED)
 
 GCE = "/computeMetadata/v1/instance/"
 EC2 = "/latest/meta-data/"
@@ -210,7 +210,7 @@ def test_whatever_is_served_the_check_ends_well_and_its_state_can_be_read(
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-@settings(PROPERTY, max_examples=20)
+@settings(PROPERTY, max_examples=12)
 @given(data=st.data())
 def test_whatever_is_served_the_modes_that_only_look_end_well_and_change_nothing(
     provider: str, fresh_vm: Any, data: st.DataObject
@@ -308,7 +308,7 @@ def looks(draw: st.DrawFn, provider: str) -> list[Look]:
 
 
 @pytest.mark.parametrize("provider", PROVIDERS)
-@settings(PROPERTY, max_examples=30)
+@settings(PROPERTY, max_examples=20)
 @given(data=st.data())
 def test_in_any_sequence_of_documents_every_event_is_announced_once_and_over_once(
     provider: str, fresh_vm: Any, data: st.DataObject

@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -18,7 +19,7 @@ from pathlib import Path
 from xml.etree import ElementTree as ET
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import registration
@@ -106,6 +107,7 @@ def test_the_time_limit_leaves_time_for_a_hook_that_takes_all_of_its_own(no_gap:
     assert int(limit[2:-1]) > 60 + (10 if no_gap else 0)
 
 
+@settings(max_examples=60, deadline=None)
 @given(words=st.lists(st.text(st.sampled_from('ab \\"<&>ü%^') | st.characters(min_codepoint=32, codec="utf-16"))))
 def test_arguments_survive_the_xml_and_the_command_line(words: list[str]) -> None:
     printable = [word for word in words if word.isprintable()]  # others are refused
@@ -366,16 +368,18 @@ def wine(windows: Windows, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("WINEDEBUG", "-all")
     monkeypatch.setenv("WINEDLLOVERRIDES", "mscoree,mshtml=")  # or it would offer to download them
     monkeypatch.delenv("DISPLAY", raising=False)
-    with tempfile.TemporaryDirectory(prefix="wine-", ignore_cleanup_errors=True) as folder:
-        monkeypatch.setenv("WINEPREFIX", folder)
-        try:
-            subprocess.run([server, "--persistent"], check=True, **silent)
-            subprocess.run([program, "cmd", "/c", "exit"], timeout=240, check=True, **silent)
-            windows.provide(WINE_PROGRAM, wine=program)
-            yield Path(folder) / "drive_c" / "windows"
-        finally:
-            subprocess.run([server, "--kill"], check=False, **silent)
-            subprocess.run([server, "--wait"], timeout=60, check=False, **silent)
+    folder = tempfile.mkdtemp(prefix="wine-")
+    monkeypatch.setenv("WINEPREFIX", folder)
+    monkeypatch.setenv("XDG_RUNTIME_DIR", folder)  # or its sockets would stay behind in /tmp
+    try:
+        subprocess.run([server, "--persistent"], check=True, **silent)
+        subprocess.run([program, "cmd", "/c", "exit"], timeout=240, check=True, **silent)
+        windows.provide(WINE_PROGRAM, wine=program)
+        yield Path(folder) / "drive_c" / "windows"
+    finally:
+        subprocess.run([server, "--kill"], check=False, **silent)
+        subprocess.run([server, "--wait"], timeout=60, check=False, **silent)
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def test_wines_task_scheduler_accepts_shows_and_deletes_the_task(
