@@ -34,6 +34,7 @@ NEWEST = (
     "requests",
     "types-requests",
     "pytest",
+    "pytest-timeout",
     "pytest-xdist",
     "hypothesis",
     "coverage>=7.10",  # the first that measures programs which tests start
@@ -46,7 +47,7 @@ NEWEST = (
     "ec2-metadata",
 )
 # RHEL 9 and Amazon Linux 2023 have these.
-OLDEST = ("requests==2.25.1", "urllib3==1.26.*", "pytest", "pytest-xdist", "hypothesis")
+OLDEST = ("requests==2.25.1", "urllib3==1.26.*", "pytest", "pytest-timeout", "pytest-xdist", "hypothesis")
 
 # One worker a core; tests that share something of the machine's are kept together by xdist_group.
 IN_PARALLEL = ("-n", "auto", "--dist", "loadgroup")
