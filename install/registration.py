@@ -46,7 +46,7 @@ REGISTERED_BY = {
 }
 INTERVALS = (1, 2, 3, 4, 5, 6, 10, 12, 15, 20, 30, 60)  # minutes; the divisors of an hour
 # What is run, instead of the tool itself. Python compiles the file that it runs anew each time and keeps
-# what it imports in __pycache__, which saves the 1,600 lines' compilation at each start (50 ms of 250).
+# what it imports in __pycache__, which saves compiling the tool at each start (see tests/bench/check.py).
 # An upgraded Python sees that this bytecode is another's and makes its own; a .pyc that is run by its
 # name would fail.
 LAUNCHER = """\

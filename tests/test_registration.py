@@ -272,6 +272,15 @@ def test_a_hook_that_cannot_run_stops_it_with_the_tools_own_words(
     assert machine.files() == before
 
 
+def test_a_hook_that_cannot_run_stops_it_off_the_cloud_too(machine: PrivateMachine, on: Installer) -> None:
+    """As where an image is built: nobody knows yet which cloud it will be."""
+    before = machine.files()
+    refused = on("install", "--", "--drain", "/usr/local/sbin/drian")
+    assert refused.returncode == 1
+    assert "--drain: /usr/local/sbin/drian: not found" in refused.stderr
+    assert machine.files() == before
+
+
 def test_a_hook_is_looked_for_as_cron_will_look_for_it(
     machine: PrivateMachine, on: Installer, azure: MetadataService
 ) -> None:

@@ -370,9 +370,9 @@ def wine(windows: Windows, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv("DISPLAY", raising=False)
     folder = tempfile.mkdtemp(prefix="wine-")
     monkeypatch.setenv("WINEPREFIX", folder)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", folder)  # or its sockets would stay behind in /tmp
+    monkeypatch.setenv("TMPDIR", folder)  # or its sockets would stay behind in /tmp
     try:
-        subprocess.run([server, "--persistent"], check=True, **silent)
+        subprocess.run([server, "--persistent=60"], check=True, **silent)
         subprocess.run([program, "cmd", "/c", "exit"], timeout=240, check=True, **silent)
         windows.provide(WINE_PROGRAM, wine=program)
         yield Path(folder) / "drive_c" / "windows"
