@@ -1668,7 +1668,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except CannotTell as error:
         print(f"{TAG}: {error}", file=sys.stderr)
         # The installers rely on it: images are built off the cloud.
-        return FAILED if options.dry_run and not hooks_are_found(options) else CANNOT_TELL
+        hooks_fail = options.dry_run and options.drain and not hooks_are_found(options)
+        return FAILED if hooks_fail else CANNOT_TELL
     except KeyboardInterrupt:
         return 130
 

@@ -22,8 +22,17 @@ from conftest import need
 OVERLAID = ("/etc", "/usr/local", "/var", "/root", "/srv")
 # Large, or others are at work there at the same time.
 OF_OTHERS = (
-    *("/root/[!.]*", "/root/.[!l]*", "/usr/local/go", "/usr/local/lib/python*", "/usr/local/share"),
-    *("/var/cache", "/var/lib/[!i]*", "/var/log", "/var/tmp"),
+    "/root/[!.]*",
+    "/root/.[!l]*",
+    "/root/.local/[!ls]*",
+    "/root/.local/share",
+    "/usr/local/go",
+    "/usr/local/lib/python*",
+    "/usr/local/share",
+    "/var/cache",
+    "/var/lib/[!i]*",
+    "/var/log",
+    "/var/tmp",
 )
 UNSHARE = ("unshare", "--mount", "--propagation", "private", "sh", "-c")
 SET_UP = """\

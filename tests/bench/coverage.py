@@ -11,6 +11,8 @@ tool runs the drain hook.
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
 import os
 import random
@@ -21,8 +23,7 @@ from datetime import datetime, timezone
 from email.utils import formatdate
 from itertools import product
 from statistics import median
-from typing import Any, NamedTuple
-from urllib.parse import parse_qs
+from typing import NamedTuple
 
 import common
 
@@ -96,10 +97,9 @@ class Wire:
     def ask(self, method: str, path: str, *_: object) -> tool.Reply:
         self.world.sleep(ANSWER)
         place, _, query = path.partition("?")
-        options = parse_qs(query)
         what = place.rpartition("/")[2]
-        if "wait_for_change" in options and not self.world.tells(what):
-            self.long_poll(what, float(options["timeout_sec"][0]))
+        if "wait_for_change" in query and not self.world.tells(what):
+            self.long_poll(what, float(query.rpartition("timeout_sec=")[2]))
         status, body = self.answer(what)
         reply_headers = {"Metadata-Flavor": "Google", "ETag": body}
         return tool.Reply(f"{method} {path}", status, reply_headers, body.encode())
@@ -116,17 +116,19 @@ class Wire:
         if what == "preempted":
             return 200, "TRUE" if coming else "FALSE"
         if what == "maintenance":
-            created = datetime.fromtimestamp(EPOCH + self.world.announced, timezone.utc)
-            event = {"EventID": "1", "EventCreationTime": f"{created:%m/%d/%Y %I:%M:%S %p}"}
-            return 200, json.dumps(event if coming else {})
+            return 200, self.created() if coming else "{}"
         if what == "scheduledevents":
-            return 200, json.dumps({"DocumentIncarnation": 1, "Events": [self.scheduled()] if coming else []})
+            return 200, self.scheduled() if coming else '{"DocumentIncarnation": 1, "Events": []}'
         return 404, ""
 
-    def scheduled(self) -> dict[str, Any]:
+    def created(self) -> str:
+        at = datetime.fromtimestamp(EPOCH + self.world.announced, timezone.utc)
+        return json.dumps({"EventID": "1", "EventCreationTime": f"{at:%m/%d/%Y %I:%M:%S %p}"})
+
+    def scheduled(self) -> str:
         begins = formatdate(EPOCH + self.world.begins, usegmt=True)
         event = {"EventId": "1", "EventType": "Reboot", "EventStatus": "Scheduled", "NotBefore": begins}
-        return {**event, "Resources": [NAME]}
+        return json.dumps({"DocumentIncarnation": 2, "Events": [{**event, "Resources": [NAME]}]})
 
 
 class Memory:
@@ -168,12 +170,21 @@ def enter(world: World) -> None:
         setattr(tool, name, value)
 
 
+@functools.cache
+def command_line(*arguments: str) -> argparse.Namespace:
+    """The options of a run. They do not depend on the world, so they need not be found anew for each."""
+    return tool.parse_arguments([*arguments, "--drain", "hook", "--state", os.devnull, "--log", "none"])
+
+
 def run_tool(provider: str, *arguments: str) -> None:
-    """One run of the tool, from its start to its end."""
+    """One run of the tool, from its start to its end: what its main() does."""
     Wire.world.sleep(START)
-    command = ["--provider", provider, "--endpoint", "http://127.0.0.1", "--vm-name", NAME]
-    command += ["--drain", "hook", "--state", os.devnull, "--log", "none"]
-    tool.main([*command, *arguments])
+    options = command_line(*arguments)
+    check = tool.Check(options, tool.PROVIDERS[provider]("http://127.0.0.1", NAME))
+    if options.watch is None:
+        tool.check_once(check)
+    else:
+        tool.watch(check, options.watch)
 
 
 def time_left(way: str, world: World) -> float:
