@@ -406,7 +406,7 @@ class Azure(Provider):
         if not reply or reply.status in (404, 410):
             legacy = self.legacy or AzureV1(self.client.base)
             yield from legacy.maintenance()
-            self.legacy, self.name = legacy, legacy.name  # remembered for this run
+            self.legacy, self.name, self.interval = legacy, legacy.name, legacy.interval  # for this run
             return
         reply.expect(200)
         self.patience = 10.0  # it is switched on, so from now on silence means that something is wrong

@@ -103,7 +103,7 @@ def main() -> None:
     bare_cpu = bare_memory = 1.0
     for run, first, last in zip(runs, before, after):
         seconds, requests = last.at - first.at, last.requests - first.requests
-        cpu = (last.cpu - first.cpu) / seconds  # of one core
+        cpu = max(1e-9, last.cpu - first.cpu) / seconds  # of one core; in a short time it can be nothing at all
         if run.name == "bare loop":
             bare_cpu, bare_memory = cpu, last.memory
         figures[f"{run.service.provider} {run.name}"] = {
