@@ -21,8 +21,6 @@ from checking import Checked, Vm
 from is_vm_in_maint import CANNOT_TELL, NOT_IN_MAINTENANCE, OK, PROVIDERS, Store
 from metadata_service import MetadataService
 
-pytestmark = pytest.mark.wire
-
 # A slow machine is no failure; the services and the folder are meant to outlive an example.
 SUPPRESSED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 PROPERTY = settings(deadline=None, max_examples=30, suppress_health_check=SUPPRESSED)

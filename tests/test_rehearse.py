@@ -21,7 +21,7 @@ import pytest
 import is_vm_in_maint
 from conftest import FOREIGN_VARIABLES, TOOL
 
-pytestmark = [pytest.mark.wire, pytest.mark.skipif(os.name != "posix", reason="the hooks here are sh scripts")]
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="the hooks here are sh scripts")
 
 
 class Done(NamedTuple):

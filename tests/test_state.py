@@ -135,7 +135,6 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.wire
 @pytest.mark.skipif(sys.platform != "linux", reason="the names of open files are in /proc")
 def test_killed_at_any_moment_the_state_is_whole_and_nothing_is_lost(service, check, state) -> None:
     gce = service("gce")
@@ -160,7 +159,6 @@ def test_killed_at_any_moment_the_state_is_whole_and_nothing_is_lost(service, ch
     assert moments > 8  # two things are recorded, and each is written, flushed, renamed and flushed
 
 
-@pytest.mark.wire
 @posix_only
 def test_a_disk_that_fills_while_the_state_is_written_leaves_the_old_one(service, check, state) -> None:
     resource = pytest.importorskip("resource")
@@ -189,7 +187,6 @@ def test_a_disk_that_fills_while_the_state_is_written_leaves_the_old_one(service
 # ---- private
 
 
-@pytest.mark.wire
 @posix_only
 def test_the_state_is_private_whatever_the_umask(service, check, state) -> None:
     gce = service("gce")
@@ -203,7 +200,6 @@ def test_the_state_is_private_whatever_the_umask(service, check, state) -> None:
     assert {path.name: permissions(path) for path in state.iterdir()} == {"state.json": 0o600, "lock": 0o600}
 
 
-@pytest.mark.wire
 @posix_only
 def test_a_state_folder_that_others_may_write_is_not_used(service, check, state, tmp_path) -> None:
     azure = service("azure")
@@ -218,7 +214,6 @@ def test_a_state_folder_that_others_may_write_is_not_used(service, check, state,
     assert list(state.iterdir()) == []
 
 
-@pytest.mark.wire
 @root_only
 def test_a_state_folder_of_another_user_is_not_used(service, check, state) -> None:
     gce = service("gce")
@@ -229,7 +224,6 @@ def test_a_state_folder_of_another_user_is_not_used(service, check, state) -> No
     assert f"{state} belongs to another user" in done.err
 
 
-@pytest.mark.wire
 @posix_only
 def test_a_planted_link_is_not_followed_when_the_state_is_written(service, check, state, tmp_path) -> None:
     gce = service("gce")
@@ -246,7 +240,6 @@ def test_a_planted_link_is_not_followed_when_the_state_is_written(service, check
 # ---- cannot be written, cannot be read
 
 
-@pytest.mark.wire
 @posix_only
 def test_with_a_state_that_cannot_be_written_an_event_is_logged_and_acted_on(service, check, state, tmp_path) -> None:
     azure = service("azure")
@@ -259,7 +252,6 @@ def test_with_a_state_that_cannot_be_written_an_event_is_logged_and_acted_on(ser
     assert (tmp_path / "drained").exists()
 
 
-@pytest.mark.wire
 @posix_only
 def test_a_vm_is_restored_though_its_state_can_only_be_read(service, check, state, tmp_path) -> None:
     azure = service("azure")
@@ -278,7 +270,6 @@ def test_a_vm_is_restored_though_its_state_can_only_be_read(service, check, stat
     assert (state / "state.json").read_bytes() == before
 
 
-@pytest.mark.wire
 @posix_only
 def test_a_state_that_others_could_write_is_not_believed(service, check, state) -> None:
     gce = service("gce")
@@ -316,7 +307,6 @@ def of_another_shape() -> Iterator[bytes]:
         yield json.dumps({other: value for other, value in good.items() if other != key}).encode()
 
 
-@pytest.mark.wire
 @posix_only
 @pytest.mark.parametrize("content", list(of_another_shape()), ids=lambda content: content[:60].decode("latin-1"))
 def test_a_state_that_cannot_be_read_is_kept_aside_and_counts_as_empty(content, service, check, state) -> None:
@@ -332,7 +322,6 @@ def test_a_state_that_cannot_be_read_is_kept_aside_and_counts_as_empty(content, 
     assert check(gce) == Done(0, "", "")  # it is repaired
 
 
-@pytest.mark.wire
 @posix_only
 def test_keys_of_another_version_are_ignored(service, check, state) -> None:
     gce = service("gce")
@@ -344,7 +333,6 @@ def test_keys_of_another_version_are_ignored(service, check, state) -> None:
     assert check(gce) == Done(0, "", "")
 
 
-@pytest.mark.wire
 @posix_only
 def test_a_state_that_is_a_folder_is_reported(service, check, state) -> None:
     gce = service("gce")
@@ -372,7 +360,6 @@ def at_work(service, state: Path, tmp_path: Path) -> Iterator[subprocess.Popen[s
             process.communicate(timeout=30)
 
 
-@pytest.mark.wire
 @posix_only
 def test_a_second_run_that_finds_the_first_at_work_ends_at_once_and_says_nothing(
     service, tool, state, tmp_path
@@ -391,7 +378,6 @@ def test_a_second_run_that_finds_the_first_at_work_ends_at_once_and_says_nothing
     assert not (tmp_path / "drained-twice").exists()
 
 
-@pytest.mark.wire
 @posix_only
 def test_a_killed_run_holds_no_lock_though_its_hook_lives_on(service, tool, state, tmp_path) -> None:
     azure = service("azure")
@@ -442,7 +428,6 @@ def test_the_lock_works_on_windows_too(tmp_path, monkeypatch) -> None:
 # ---- after a reboot
 
 
-@pytest.mark.wire
 @posix_only
 @pytest.mark.parametrize("provider", ["azure", "azure-v1", "gce", "ec2"])
 def test_the_first_check_after_the_reboot_restores(provider, service, check, tmp_path, monkeypatch) -> None:
