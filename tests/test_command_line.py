@@ -85,7 +85,6 @@ def hook(path: Path, body: str) -> str:
 # ---- --test
 
 
-@pytest.mark.wire
 @pytest.mark.parametrize(
     ("event", "options", "status"),
     [
@@ -106,7 +105,6 @@ def test_test_says_by_its_status_whether_the_vm_is_in_maintenance(event, options
     assert run(azure, "--test", *options) == (status, "", "")
 
 
-@pytest.mark.wire
 def test_test_that_cannot_tell_is_3(service, run) -> None:
     gce = service("gce")
     gce.fail("html")
@@ -115,7 +113,6 @@ def test_test_that_cannot_tell_is_3(service, run) -> None:
     assert gce.url in done.err
 
 
-@pytest.mark.wire
 def test_test_as_a_program_prints_and_changes_nothing(service, tool, state) -> None:
     gce = service("gce")
     done = tool("--test", service=gce)
@@ -136,7 +133,6 @@ def document_of(done: Done) -> dict:
     return document
 
 
-@pytest.mark.wire
 def test_json_is_the_document_of_the_design(service, run, state) -> None:
     azure = service("azure")
     begins = (datetime.now(timezone.utc) + timedelta(minutes=10)).replace(microsecond=0)
@@ -169,7 +165,6 @@ def test_json_is_the_document_of_the_design(service, run, state) -> None:
     assert not state.exists()
 
 
-@pytest.mark.wire
 def test_json_of_a_vm_with_nothing_planned(service, run) -> None:
     gce = service("gce")
     document = document_of(run(gce, "--json"))
@@ -177,7 +172,6 @@ def test_json_of_a_vm_with_nothing_planned(service, run) -> None:
     assert document == {"provider": "gce", "in_maintenance": False, "drained": False, "events": []}
 
 
-@pytest.mark.wire
 def test_in_json_what_is_not_known_is_null(service, run) -> None:
     ec2 = service("ec2")
     ec2.announce("asg-terminated")
@@ -193,7 +187,6 @@ def test_in_json_what_is_not_known_is_null(service, run) -> None:
     }
 
 
-@pytest.mark.wire
 def test_json_when_the_metadata_service_cannot_be_reached(service, run) -> None:
     gce = service("gce")
     gce.announce("PREEMPTED")
@@ -208,7 +201,6 @@ def test_json_when_the_metadata_service_cannot_be_reached(service, run) -> None:
     assert [event["type"] for event in document["events"]] == ["PREEMPTED"]  # as last known
 
 
-@pytest.mark.wire
 def test_json_checks_nothing_off(service, run, state) -> None:
     gce = service("gce")
     run(gce)
@@ -219,7 +211,6 @@ def test_json_checks_nothing_off(service, run, state) -> None:
     assert "Incoming VM Event" in run(gce, "--log", "stderr").err
 
 
-@pytest.mark.wire
 def test_a_state_that_cannot_be_read_is_only_mentioned_by_those_who_look(service, run, state) -> None:
     gce = service("gce")
     state.mkdir(0o700)
@@ -233,7 +224,6 @@ def test_a_state_that_cannot_be_read_is_only_mentioned_by_those_who_look(service
 # ---- --dry-run
 
 
-@pytest.mark.wire
 @posix_only
 def test_dry_run_says_what_would_be_done_and_does_nothing(service, run, state, tmp_path) -> None:
     azure = service("azure")
@@ -250,7 +240,6 @@ def test_dry_run_says_what_would_be_done_and_does_nothing(service, run, state, t
     assert {request.method for request in azure.requests} == {"GET"}
 
 
-@pytest.mark.wire
 @posix_only
 def test_dry_run_finds_a_hook_that_does_not_exist(service, run, tmp_path) -> None:
     azure = service("azure")
@@ -261,7 +250,6 @@ def test_dry_run_finds_a_hook_that_does_not_exist(service, run, tmp_path) -> Non
     assert f"To restore: {tmp_path}/restore" in done.out
 
 
-@pytest.mark.wire
 def test_dry_run_without_a_metadata_service_is_3(service, run) -> None:
     gce = service("gce")
     gce.fail("refuse")
@@ -270,7 +258,6 @@ def test_dry_run_without_a_metadata_service_is_3(service, run) -> None:
     assert f"Cannot tell whether maintenance is coming: GET {gce.url}" in done.out
 
 
-@pytest.mark.wire
 def test_dry_run_wins_over_watch_and_rehearse(service, run) -> None:
     gce = service("gce")
     for mode in ("--watch", "--rehearse"):
@@ -280,14 +267,12 @@ def test_dry_run_wins_over_watch_and_rehearse(service, run) -> None:
 # ---- for a person at a terminal
 
 
-@pytest.mark.wire
 @posix_only
 def test_on_a_terminal_nothing_planned_is_one_plain_sentence(service, terminal) -> None:
     sentence = "No maintenance is announced for this VM (gce, web-1, zone europe-west1-b).\n"
     assert terminal(service("gce")) == (0, sentence, "")
 
 
-@pytest.mark.wire
 @posix_only
 def test_on_a_terminal_an_event_is_one_plain_sentence(service, terminal) -> None:
     azure = service("azure")
@@ -298,7 +283,6 @@ def test_on_a_terminal_an_event_is_one_plain_sentence(service, terminal) -> None
     assert terminal(azure).out != ""  # also when it is no news to the journal
 
 
-@pytest.mark.wire
 @posix_only
 def test_on_a_terminal_a_failing_metadata_service_is_said_at_each_run(service, terminal) -> None:
     azure = service("azure")
@@ -312,7 +296,6 @@ def test_on_a_terminal_a_failing_metadata_service_is_said_at_each_run(service, t
 NOW = datetime(2026, 11, 22, 9, 45, 12, tzinfo=timezone.utc)
 
 
-@pytest.mark.wire
 @pytest.mark.parametrize(
     ("event", "begins"),
     [
@@ -334,7 +317,6 @@ def test_a_person_reads_when_it_begins(event, begins, service, run, monkeypatch)
     assert run(azure, "-v").out.startswith(begins)
 
 
-@pytest.mark.wire
 @pytest.mark.parametrize(
     ("provider", "who"),
     [
@@ -349,7 +331,6 @@ def test_verbose_says_who_the_vm_is_wherever_it_prints(provider, who, service, r
     assert re.fullmatch(rf"No maintenance is announced for this VM \({who}\)\.\n", done.out)
 
 
-@pytest.mark.wire
 @posix_only
 def test_a_person_is_told_that_another_run_is_at_work(service, run, state) -> None:
     other = Store(str(state))
@@ -361,7 +342,6 @@ def test_a_person_is_told_that_another_run_is_at_work(service, run, state) -> No
 # ---- for cron, which mails what is printed
 
 
-@pytest.mark.wire
 def test_cron_reads_nothing_when_all_is_well(service, tool) -> None:
     azure = service("azure")
     event = azure.announce("Reboot")
@@ -371,7 +351,6 @@ def test_cron_reads_nothing_when_all_is_well(service, tool) -> None:
         assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-@pytest.mark.wire
 def test_cron_reads_once_that_the_metadata_service_fails(service, run) -> None:
     gce = service("gce")
     gce.fail("refuse")
@@ -387,7 +366,6 @@ def test_cron_reads_once_that_the_metadata_service_fails(service, run) -> None:
     assert fourth == first
 
 
-@pytest.mark.wire
 @posix_only
 def test_a_journal_on_a_full_disk_stops_no_drain(service, state, tmp_path) -> None:
     if not os.path.exists("/dev/full"):
@@ -496,7 +474,6 @@ def test_wrong_usage_is_said_in_plain_words(usage, run) -> None:
     assert [word for word in words if word not in said] == [], said
 
 
-@pytest.mark.wire
 @pytest.mark.parametrize("options", [["--lead", "90"], ["--lead", "90s"], ["--lead", "15m"], ["--lead", "2h"]])
 def test_times_are_seconds_minutes_or_hours(options, service, run) -> None:
     seconds = {"90": 90, "90s": 90, "15m": 900, "2h": 7200}[options[1]]
@@ -507,7 +484,6 @@ def test_times_are_seconds_minutes_or_hours(options, service, run) -> None:
     assert run(azure, "--test", *options).status == 0
 
 
-@pytest.mark.wire
 @posix_only
 def test_on_windows_a_backslash_in_a_command_is_only_a_backslash(service, run, monkeypatch) -> None:
     gce = service("gce")
@@ -603,7 +579,6 @@ def test_on_windows_the_state_is_in_program_data(run, monkeypatch) -> None:
     assert shown == os.path.join(r"D:\Data", "IsVmInMaint")
 
 
-@pytest.mark.wire
 @posix_only
 def test_under_systemd_the_state_is_in_the_units_directory(service, tmp_path, monkeypatch) -> None:
     gce = service("gce")

@@ -23,7 +23,7 @@ import pytest
 import is_vm_in_maint
 from conftest import FOREIGN_VARIABLES, TOOL
 
-pytestmark = [pytest.mark.wire, pytest.mark.skipif(os.name != "posix", reason="the hooks here are sh scripts")]
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="the hooks here are sh scripts")
 root_only = pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root refuses such a hook")
 
 NAMES = "ACTION PROVIDER EVENT_ID TYPE IMPACT STATUS NOT_BEFORE SECONDS_LEFT SOURCE DESCRIPTION RESOURCES REHEARSAL"
