@@ -21,13 +21,14 @@ from conftest import need
 
 # What is installed from there is not trusted with root, or not seen by a service.
 IN_TMP = any(parent.stat().st_mode & 0o002 for parent in Path(__file__).resolve().parents)
-OVERLAID = ("/etc", "/usr/local", "/var", "/root", "/srv")
+HOME = os.path.expanduser("~root")
+OVERLAID = ("/etc", "/usr/local", "/var", HOME, "/srv")
 # Large, or others are at work there at the same time.
 OF_OTHERS = (
-    "/root/[!.]*",
-    "/root/.[!l]*",
-    "/root/.local/[!ls]*",
-    "/root/.local/share",
+    f"{HOME}/[!.]*",
+    f"{HOME}/.[!l]*",
+    f"{HOME}/.local/[!ls]*",
+    f"{HOME}/.local/share",
     "/usr/local/go",
     "/usr/local/lib/python*",
     "/usr/local/share",
